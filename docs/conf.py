@@ -4,8 +4,10 @@ import re
 
 project = "ppl_vae"
 author = "ppl_vae contributors"
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_heading_anchors = 3
+myst_enable_extensions = ["dollarmath"]  # the equations of the notebooks
+nb_execution_mode = "off"  # pages show the outputs that the notebooks hold
 html_theme = "furo"
 html_title = "ppl_vae"
 html_copy_source = False

@@ -14,7 +14,7 @@ from ppl_vae.runtime.process import run_script
 
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "docs" / "_build"
-EXTRAS = ("sphinx", "myst_parser", "furo")
+EXTRAS = ("sphinx", "myst_nb", "furo")
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Docs(CheckedOptions):
     """Refresh the tables of README.md and docs/ from scripts/results, and build the manual if Sphinx is there."""
 
     check: bool = option(False, "change nothing: fail if a table is not the one that would be made", BOOLEAN)
-    html: bool = option(False, "fail, instead of leaving the pages out, if Sphinx, MyST or furo are missing", BOOLEAN)
+    html: bool = option(False, "fail, instead of leaving the pages out, if Sphinx, MyST-NB or furo is missing", BOOLEAN)
     output: str = option("docs/_build/html", "folder of the HTML pages, from the project's folder")
 
 
@@ -46,7 +46,7 @@ def main() -> None:
     elif asked.html:
         raise ValueError(f"expected {', '.join(EXTRAS)}, got no {missing[0]}; pip install -e '.[docs]' brings them")
     else:
-        print("No HTML pages: pip install -e '.[docs]' brings Sphinx, MyST and furo")
+        print("No HTML pages: pip install -e '.[docs]' brings Sphinx, MyST-NB and furo")
 
 
 def build(output: Path) -> None:
@@ -56,7 +56,7 @@ def build(output: Path) -> None:
     source = BUILD / "source"
     shutil.rmtree(source, ignore_errors=True)
     shutil.copytree(ROOT / "docs", source, ignore=shutil.ignore_patterns("_build", "__pycache__"))
-    for path in source.rglob("*.md"):
+    for path in (*source.rglob("*.md"), *source.rglob("*.ipynb")):
         path.write_text(prepare(path.read_text(encoding="utf-8")), encoding="utf-8")
     (source / "minimal_vae.md").write_text(minimal_page((source / "minimal_vae.py").read_text(encoding="utf-8")))
     (source / "contributing.md").write_text((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), encoding="utf-8")
@@ -108,7 +108,7 @@ def write_table_of_contents(index: Path) -> None:
     parts = re.split(r"^\*\*(.+)\*\*$", text, flags=re.M)
     trees = []
     for heading, body in zip(parts[1::2], parts[2::2], strict=True):
-        found = [link.lstrip("/") for link in re.findall(r"\]\(([^)]+\.md)\)", body)]
+        found = [link.lstrip("/") for link in re.findall(r"\]\(([^)]+\.(?:md|ipynb))\)", body)]
         found += ["api/index.rst", "contributing.md"] if heading == "Reference" else []
         trees.append("\n".join(["```{toctree}", ":hidden:", f":caption: {heading}", "", *found, "```"]))
     index.write_text(text + "\n" + "\n\n".join(trees) + "\n", encoding="utf-8")

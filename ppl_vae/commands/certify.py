@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -63,6 +63,7 @@ def certify_run(options: Certify, *, say: Say) -> Certificate:
     with runs.lock_folder(run.folder), stop_on_signals() as should_stop:
         _check_before_work(run, options)
         place = find_device(options.device)
+        options = replace(options, device=str(place))
         vae = load_evaluated_vae(run).to(place)
         plan = _plan(run, vae, options, say)
         transitions = options.temperatures * options.leapfrogs * math.ceil(len(plan.x) / stages.CHAIN_BLOCK)

@@ -50,8 +50,7 @@ def evaluate_run(options: Evaluate, *, say: Say) -> Evaluation:
     images, and rank 0 alone writes and prints. An interrupted evaluation resumes where it stopped, and ends with the
     same numbers. The numbers of each image are in evaluation-SPLIT.safetensors.
     """
-    find_device(options.device)
-    with joined(options.device), ExitStack() as held:
+    with joined(str(find_device(options.device))), ExitStack() as held:
         run = rank_zero_first(lambda: open_run(options.run_dir, dataset=options.dataset, data_dir=options.data_dir))
         check_density(run, "log-likelihood")
         with end_together():

@@ -87,7 +87,7 @@ class _RunWithData(_MovedData):
 @dataclass(frozen=True)
 class _Seeded(CheckedOptions):
     _: KW_ONLY
-    device: str = option("cpu", "cpu, cuda, cuda:1, ...")
+    device: str = option("auto", "auto (a GPU where there is one), cpu, cuda, cuda:1, ...")
     seed: int = option(0, "of every random draw", NON_NEGATIVE_INTEGER)
 
 
@@ -104,6 +104,9 @@ class Changes:
     compile: str | None = None
 
 
+QUICK = {"epochs": 3, "images": 1000}  # what --quick stands for
+
+
 @dataclass(frozen=True)
 class Train:
     """Train a VAE, estimate its log-likelihood, and draw its figures, in one folder."""
@@ -115,6 +118,9 @@ class Train:
     resume: str | None = option(
         None, "go on with this run folder; only --epochs, --dataset, --data-dir and --compile may change", group="run"
     )
+    quick: bool = option(
+        False, f"a first look in a minute: --epochs {QUICK['epochs']} --images {QUICK['images']}", BOOLEAN, group="run"
+    )
     changes: Changes = Changes()
 
     @classmethod
@@ -122,6 +128,7 @@ class Train:
         """Makes the options from the given ones. Raises ValueError for one that a resumed run cannot change."""
         own = {name: values.pop(name, None) for name in ("run_dir", "resume")}
         if own["resume"] is None:
+            values = (QUICK if values.pop("quick", False) else {}) | values
             options = _continue_from_run(values) if "start_from" in values else Options.make(values)
             return cls(options, **own)  # type: ignore[arg-type]
         allowed = [spec.name for spec in fields(Changes)]

@@ -32,7 +32,7 @@ from ppl_vae.runs.recipes import (
     find_recipe,
     read_reproductions,
 )
-from ppl_vae.runs.resolve import load_splits
+from ppl_vae.runs.resolve import find_device, load_splits
 from ppl_vae.runs.results import read_evaluation, to_json
 from ppl_vae.vae import VAE
 
@@ -59,6 +59,7 @@ def reproduce_recipe(options: Reproduce, *, say: Say) -> Reproduction:
     the same recipe, seed, budget and precision is replaced. Raises ValueError before any training for what would end a
     later stage.
     """
+    options = replace(options, device=str(find_device(options.device)))
     assert options.name is not None
     found, share = find_recipe(options.name), 1.0
     if options.epochs is not None:

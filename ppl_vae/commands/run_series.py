@@ -168,7 +168,9 @@ def compare_likelihoods(
     rows = rank_rows(rows, opened)
     if output is not None:
         table = {"dataset": options.dataset, "scale": scale, "rows": to_json(rows), "failed": failed}
-        runs.write_json(Path(output), table | {"environment": runs.describe_environment(options.device)})
+        runs.write_json(
+            Path(output), table | {"environment": runs.describe_environment(str(find_device(options.device)))}
+        )
     for line in describe_likelihood_table(rows):
         say(line)
     write_likelihood_figures(Path(run_dir) / runs.FIGURES, opened, rows, say)
@@ -313,7 +315,9 @@ def compare_networks(
         rows.append(NetworkRow(**found, network=own.network, seconds_an_epoch=found["seconds"] / found["epochs"]))
     if output is not None:
         table = {"dataset": options.dataset, "minutes": minutes, "rows": to_json(rows)}
-        runs.write_json(Path(output), table | {"environment": runs.describe_environment(options.device)})
+        runs.write_json(
+            Path(output), table | {"environment": runs.describe_environment(str(find_device(options.device)))}
+        )
     for line in describe_network_table(rows):
         say(line)
     return rows

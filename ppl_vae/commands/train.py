@@ -59,7 +59,7 @@ def train_run(options: Options, run_dir: str | None, *, say: Say, draw: bool = T
     config.json is written first, so that a run can be resumed from the moment its folder exists. Under torchrun the
     processes train one VAE; rank 0 alone writes and says.
     """
-    find_device(options.device)
+    options = replace(options, device=str(find_device(options.device)))
     check_tensorboard(options)
     with joined(options.device), ExitStack() as held:
         say = rank_zero_only(say)

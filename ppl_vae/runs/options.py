@@ -294,7 +294,7 @@ class Options(CheckedOptions):
     )
 
     seed: int = option(0, "of the weights, the noise and the order of images", NON_NEGATIVE_INTEGER, "run")
-    device: str = option("cpu", "cpu, cuda, cuda:1, ...", NOT_EMPTY, "run")
+    device: str = option("auto", "auto (a GPU where there is one), cpu, cuda, cuda:1, ...", NOT_EMPTY, "run")
     compile: str = option("auto", "the training step as one compiled graph", COMPILES, "run")
     precision: str = _rare("float32", "of matrix products in training; tf32 needs an NVIDIA GPU", PRECISIONS, "run")
     stream: str = _rare(

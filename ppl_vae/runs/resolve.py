@@ -162,7 +162,9 @@ def matmul_precision(precision: str) -> Iterator[None]:
 
 
 def find_device(word: str) -> torch.device:
-    """Return the device of that name: cpu, cuda, cuda:1, ... Raises ValueError for one that is not here."""
+    """Return the device of that name; auto is a GPU where there is one. Raises ValueError for one that is not here."""
+    if word == "auto":
+        word = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         found = torch.device(word)
         if found.type not in ("cpu", "cuda"):
@@ -199,6 +201,7 @@ def resolve(options: Options, seen: data.Splits) -> Options:
         binarization=found,
         dequantization=_resolve_dequantization(options, seen, found, family.measure),
         warmup_epochs=warmup,
+        device=str(find_device(options.device)),
         keep=options.keep or ("best" if options.beta == 1 or is_autoencoder(options) else "last"),
         dataset=options.dataset if named else str(Path(options.dataset).resolve()),
         data_dir=str(Path(options.data_dir).resolve()) if options.data_dir else None,

@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from ppl_vae import data
 from ppl_vae.commands.cli import iterate_fields, parse
-from ppl_vae.commands.options import COMMANDS, Changes, Evaluate
+from ppl_vae.commands.options import COMMANDS, QUICK, Changes, Evaluate
 from ppl_vae.runs.options import Options, format_flag
+from ppl_vae.runs.resolve import resolve
 from ppl_vae.runs.results import to_json
 
 ROOT = Path(__file__).parents[2]
@@ -304,3 +307,16 @@ def test_a_leading_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp
     assert asked.run_dir == str(tmp_path / "runs" / "a")
     compared = parse(COMMANDS["compare"], ["~/a", "b~"])
     assert compared.run_dirs == (str(tmp_path / "a"), "b~")
+
+
+def test_a_quick_training_is_short_unless_told_otherwise():
+    quick = parse(COMMANDS["train"], ["--quick"]).options
+    assert (quick.epochs, quick.images) == (QUICK["epochs"], QUICK["images"])
+    assert parse(COMMANDS["train"], ["--quick", "--epochs", "7"]).options.epochs == 7
+    assert parse(COMMANDS["train"], []).options.epochs == Options().epochs
+
+
+def test_the_automatic_device_is_recorded_by_its_name():
+    expected = "cuda" if torch.cuda.is_available() else "cpu"
+    assert Options().device == "auto"
+    assert resolve(Options(dataset="mnist"), data.load("mnist")).device == expected

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import pyro
 import pyro.distributions as dist
@@ -29,14 +28,6 @@ from ppl_vae.support import check_support
 from ppl_vae.vae import check_event_shape
 
 _FILLING_SEED = 0  # a constant, so that the guide is a function of x
-
-
-class Particles(NamedTuple):
-    """z (S, B, L) ~ q, p(x_observed | z) with batch shape (S, B), and log w (S, B) nats."""
-
-    z: Tensor
-    likelihood: dist.Independent
-    log_w: Tensor
 
 
 class Observed(nn.Module):
@@ -109,14 +100,17 @@ class Observed(nn.Module):
         share = torch.where(missing.all(1), 1.0, torch.where(missing.any(1), partly, 0.0))
         return self._mixture(torch.stack([self._fillings(image) for image in x.split(1)]), share)
 
-    def particles(self, q: Distribution, x: Tensor, num_particles: int) -> Particles:
-        """z_s ~ q and log w_s = log p(x_observed | z_s) + log p(z_s) - log q(z_s), by torch's global generator."""
+    def particles(self, q: Distribution, x: Tensor, num_particles: int) -> tuple[Tensor, dist.Independent, Tensor]:
+        """z_s ~ q, p(x_observed | z_s), and log w_s = log p(x_observed | z_s) + log p(z_s) - log q(z_s).
+
+        -> z (S, B, L), batch shape (S, B), and log w (S, B) nats. Draws come from torch's global generator.
+        """
         z = q.sample((num_particles,))
         p_x = self.likelihood(z, x)
         log_w = p_x.log_prob(_in_support(x)) + self.vae.prior().log_prob(z) - q.log_prob(z)
         if not log_w.amax(0).isfinite().all():
             raise NotFinite("log-weights: expected numbers, got NaN, infinity, or none above -infinity for an image")
-        return Particles(z, p_x, log_w)
+        return z, p_x, log_w
 
     def _mixture(self, fillings: Tensor, share: Tensor) -> DefensiveMixture:
         """fillings: (B, K, *E), share: (B,)."""

@@ -40,7 +40,7 @@ from ppl_vae.runtime.ranks import end_together, joined, rank_zero_first, rank_ze
 from ppl_vae.vae import VAE
 
 _FLOOR_SEED = 0
-_FLOATS_PER_MASS = 48  # that the exact mass of one pixel's level holds in memory
+_FLOATS_PER_MASS = 48  # per pixel, for the exact mass of a level
 
 
 def evaluate_run(options: Evaluate, *, say: Say) -> Evaluation:
@@ -64,9 +64,9 @@ def write_evaluation(run: Run, options: Evaluate, *, say: Say) -> Evaluation:
     An autoencoder's evaluation is log p(x | z(x)) of pixels as in training, and None for whatever needs a density.
     """
     runs.read_evaluations(run.folder)  # a damaged file is found before the work, not after it
-    measure = _reconstruct if is_autoencoder(run.options) else _estimate
+    estimate = _reconstruct if is_autoencoder(run.options) else _estimate
     with stop_on_signals() as should_stop:  # until all is written: a signal during the last image loses nothing
-        found, tensors = measure(run, options, should_stop, say)
+        found, tensors = estimate(run, options, should_stop, say)
         scalars = {name: getattr(found, name) for name in ("num_particles", "seed", "step", "dequantization_draws")}
         with end_together():
             if distributed.is_writer():
@@ -195,7 +195,7 @@ def evaluate_images(
     """
     S, place = options.num_particles, find_device(options.device)
     vae, x = load_evaluated_vae(run).to(place), x.to(place)
-    # By all passes, of all ranks and of before: what is computed may not depend on who computes it and when.
+    # Counted over the passes of all ranks and of earlier calls, so that every block is computed in the same way.
     compiled = decide_compile(compile, math.ceil(len(x) * S / pairs_per_pass(vae, x)), place)
     with _make_bar(len(x), words, sum(map(len, blocks.done.values()))) as bar, matmul_precision("float32"):
         measure = partial(
@@ -262,8 +262,8 @@ def calibrate_run(run: Run) -> RunCalibration:
 
     A density of dequantized levels is calibrated as the mass that it gives to levels, and to the whole numbers beyond 0
     and 255, where no pixel can be. If it were cut at the ends, a density with half its mass below 0 would seem to
-    expect black half of the time. Its guide sees (x + u) / 256 with a uniform u, not a u from p(u | x), so the result
-    for an exact posterior is uniform only up to how the density varies within a level.
+    expect black half of the time. z is drawn given (x + u) / 256 with a uniform u, so even the exact posterior gives a
+    result that is uniform only up to how the density varies within a level.
     """
     path = run.folder / "calibration.json"
     x = data.evaluation_images(run.splits, "test", run.evaluated_pixels)

@@ -187,7 +187,8 @@ def _find_split_names(folders: Iterable[str]) -> set[str]:
         key = tuple("*" if match else word for word, match in zip(words, matches, strict=True))
         partners.setdefault(key, {})[folder] = [match.lastindex for match in matches if match]
     for splits in partners.values():
-        if any(of_folder != next(iter(splits.values())) for of_folder in splits.values()):
+        first, *others = splits.values()
+        if any(split != first for split in others):
             found |= splits.keys()
     return found
 
@@ -196,9 +197,10 @@ def _find_split_names(folders: Iterable[str]) -> set[str]:
 
 
 def index_splits(root: Path, names: Sequence[str], read: Sequence[str], layout: Layout) -> dict[str, Tensor]:
-    """Find {split: rows}; images outside the folders of splits belong to train.
+    """Find {split: rows} of the images in ``read``, those among all ``names`` that could be read.
 
-    Images outside where there is a folder train, and a split without an image that can be read, raise ValueError.
+    Images outside the folders of splits belong to train. Images outside where there is a folder train, and a split
+    without an image that can be read, raise ValueError.
     """
     splits = [layout.place(name).split for name in names]
     named = {split for split in splits if split}

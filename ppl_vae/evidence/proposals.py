@@ -62,6 +62,8 @@ class PerImageGuide(nn.Module):
         self.guide = guide
         self.event_shape = tuple(q.family.event_shape)
         pixels = q.x.detach().flatten(1)
+        # An image is found by its key, its projection on a random direction: comparing all pixels with those of all N
+        # images would take N times the work.
         direction = torch.randn(pixels.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.double)
         self.register_buffer("pixels", pixels, persistent=False)
         self.register_buffer("direction", direction.to(pixels.device), persistent=False)
@@ -73,8 +75,6 @@ class PerImageGuide(nn.Module):
         pixels = x.flatten(1)
         if pixels.shape[1] != self.pixels.shape[1]:
             raise ValueError(f"x: expected images of {self.pixels.shape[1]} pixels, got {pixels.shape[1]}")
-        # Find the nearest image along one random direction, then compare all pixels with that image alone: comparing
-        # with all N images would take N / B times the work.
         nearest = ((pixels.double() @ self.direction)[:, None] - self.keys).abs().argmin(1)
         known = (self.pixels[nearest] == pixels).all(1)
         if not is_capturing() and not known.all():
@@ -97,7 +97,8 @@ def replace_guide(vae: LatentModel, q: Proposal) -> VAE:
     return VAE(vae.prior, vae.likelihood, PerImageGuide(q, vae.posterior)).train(vae.training)
 
 
-# From log-scales to features. The bounded map is inverted up to 6.99, where the feature is 25 and the map has a slope.
+# From log-scales to features. The bounded map, 7 tanh(h / 7), reaches 7 only at infinity: log-scales beyond 6.99 are
+# brought there, where h is 25 and a gradient still passes.
 _INVERSES: dict[object, Callable[[Tensor], Tensor]] = {
     bounded_log_scale: lambda log_scale: MAX_LOG_SCALE * (log_scale.clamp(-6.99, 6.99) / MAX_LOG_SCALE).atanh(),
     exponential_log_scale: lambda log_scale: log_scale,
@@ -118,7 +119,8 @@ def normal_features(family: DiagonalNormal | FullNormal, loc: Tensor, scale: Ten
     N, L = loc.shape
     if family.event_shape != (L,):
         raise ValueError(f"family: expected {L} latents, as the guide has, got {family.event_shape[0]}")
-    return torch.cat([loc, inverse(scale.log()), loc.new_zeros(N, family.num_features - 2 * L)], dim=-1)
+    correlations = loc.new_zeros(N, family.num_features - 2 * L)  # none for DiagonalNormal
+    return torch.cat([loc, inverse(scale.log()), correlations], dim=-1)
 
 
 # --- Defensive mixtures ---
@@ -132,7 +134,7 @@ class DefensiveMixture(dist.TorchDistribution):
 
     Args:
         proposal: q, batch shape (B,).
-        prior: p, batch shape () or (B,), the event shape of q.
+        wide: p, batch shape () or (B,), the event shape of q.
         share: (B,) a, from 0 to 1.
 
     Reference: Hesterberg 1995, Technometrics 37(2), 185-194 (defensive mixture).
@@ -140,31 +142,31 @@ class DefensiveMixture(dist.TorchDistribution):
 
     arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012, the name and type that torch asks for
 
-    def __init__(self, proposal: Distribution, prior: Distribution, share: Tensor) -> None:
-        self.proposal, self.prior, self.share = proposal, prior.expand(proposal.batch_shape), share
+    def __init__(self, proposal: Distribution, wide: Distribution, share: Tensor) -> None:
+        self.proposal, self.wide, self.share = proposal, wide.expand(proposal.batch_shape), share
         super().__init__(proposal.batch_shape, proposal.event_shape, validate_args=False)
 
     @property
     def support(self) -> constraints.Constraint:
         """The support of p."""
-        return self.prior.support
+        return self.wide.support
 
     def expand(self, batch_shape: Sequence[int], _instance: Distribution | None = None) -> DefensiveMixture:
         return DefensiveMixture(
-            self.proposal.expand(torch.Size(batch_shape)), self.prior, self.share.expand(batch_shape)
+            self.proposal.expand(torch.Size(batch_shape)), self.wide, self.share.expand(batch_shape)
         )
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         shape = (*sample_shape, *self.batch_shape)
-        is_prior = torch.rand(shape, dtype=self.share.dtype, device=self.share.device) < self.share
-        is_prior = is_prior.reshape(*shape, *[1] * len(self.event_shape))
+        is_wide = torch.rand(shape, dtype=self.share.dtype, device=self.share.device) < self.share
+        is_wide = is_wide.reshape(*shape, *[1] * len(self.event_shape))
         sample_shape = torch.Size(sample_shape)
         with torch.no_grad():
-            return torch.where(is_prior, self.prior.sample(sample_shape), self.proposal.sample(sample_shape))
+            return torch.where(is_wide, self.wide.sample(sample_shape), self.proposal.sample(sample_shape))
 
     def log_prob(self, value: Tensor) -> Tensor:
         log_q = torch.log1p(-self.share) + self.proposal.log_prob(value)
-        return torch.logaddexp(log_q, self.share.log() + self.prior.log_prob(value))
+        return torch.logaddexp(log_q, self.share.log() + self.wide.log_prob(value))
 
 
 class DefensiveFamily(nn.Module):
@@ -203,7 +205,7 @@ def defend_proposal(q: Proposal, *, share: float = 0.1, widen: float = 2.0) -> P
     Where q is too narrow, weights p(x, z) / q(z) are unbounded and may have no variance. Those of q' do not exceed
     p(x, z) / (a q_c(z)), which is bounded where the posterior's tails are lighter than those of q_c, and nowhere exceed
     1 / (1 - a) times those of q. In many dimensions a small c is already wide: with 40 latents and c = 2 almost no draw
-    of q_c hits the posterior, and the share a of the particles is an insurance premium.
+    of q_c hits the posterior, so the share a of the particles is spent on the bound alone.
 
     Reference: Hesterberg 1995, Technometrics 37(2), 185-194; Owen and Zhou 2000, JASA 95(449), 135-143.
     """

@@ -58,7 +58,8 @@ class Permutation(nn.Module):
         super().__init__()
         order = torch.randperm(dim)
         self.register_buffer("order", order)
-        self.register_buffer("back", order.argsort())
+        # The meta device has no order to invert, and sorting there would import torch's compiler.
+        self.register_buffer("back", order if order.is_meta else order.argsort())
 
     def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """u: (..., L) -> y (..., L) and 0."""

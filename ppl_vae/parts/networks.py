@@ -27,7 +27,8 @@ def start_wide(net: nn.Module) -> None:
     Reference: LeCun et al. 1998, Efficient BackProp, section 4.6.
     """
     for name, layer in net.named_modules():
-        if isinstance(layer, nn.Linear) and name.rpartition(".")[2] != "output":
+        # On the meta device there are no numbers, and drawing them would import torch's compiler.
+        if isinstance(layer, nn.Linear) and name.rpartition(".")[2] != "output" and not layer.weight.is_meta:
             nn.init.normal_(layer.weight, 0.0, layer.in_features**-0.5)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)

@@ -40,7 +40,7 @@ def make_config(options: Options, seen: data.Splits, *, exported: bool = False) 
     name = options.dataset
     if name not in data.DATASETS:
         name = re.split(r"[/\\]", name.rstrip("/\\"))[-1]
-        # No path may become the name of another data set.
+        # The last folder of a path may be called as a named data set is, such as photos/mnist.
         name = f"own {name}" if name in data.DATASETS else name or "data"
     values = to_json(replace(options, dataset=name))
     model = {key: value for key, value in values.items() if key in _EXPORTED}
@@ -64,12 +64,14 @@ def read_options(config: Mapping[str, object]) -> Options:
     if not isinstance(values, dict):
         raise ValueError(f"expected an object of options, got {type(values).__name__}")
     specs = [spec for spec in fields(Options) if not exported or spec.name in _EXPORTED]
-    odd = set(values) ^ {spec.name for spec in specs}
+    odd = set(values) - {spec.name for spec in specs}
     if odd:
-        raise ValueError(f"expected exactly the options of this version; missing or unknown: {', '.join(sorted(odd))}")
+        raise ValueError(f"expected the options of this version, got unknown ones: {', '.join(sorted(odd))}")
+    # A missing option is newer than the run, and its default is what the run did.
     found: JsonObject = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     for spec in specs:
-        check_value(spec, found[spec.name])  # a file is held to what this program writes
+        if spec.name in found:
+            check_value(spec, found[spec.name])  # a file is held to what this program writes
     options = Options.make(found)
     return replace(options, objective=default_objective(options), warmup_epochs=0) if exported else options
 
@@ -91,7 +93,7 @@ def read_config(run_dir: Path) -> tuple[Options, JsonObject]:
             if getattr(options, name) is None:
                 raise ValueError(f"expected {name} as it was resolved, got null")
         seen = {"kind": data.get("kind"), "sha256": data["sha256"], "event_shape": tuple(shape)}
-        # A folder by ``save`` was "trained" "from Python", a pretrained run "shipped": neither has its training.
+        # A folder by ``save`` has "trained": "from Python", a pretrained run "shipped". There is no training to resume.
         return options, seen | {"can_resume": not is_export(config) and "trained" not in config}
     except KeyError as error:
         raise ValueError(f"{path}: damaged: missing {error}") from None
@@ -148,8 +150,8 @@ def _has_same_shapes(vae: VAE, weights: dict[str, Tensor]) -> bool:
 def load(run_dir: str | Path) -> VAE:
     """The trained VAE of a run folder, or of a pretrained run by its name, on the CPU, in evaluation mode.
 
-    It sees pixels as its training did. One of a density of 8-bit levels is a density of (level + u) / 256, which takes
-    any numbers without a word: ``dequantized(load(run))`` is the mass of levels, and what the run's evaluation reports.
+    It sees pixels as its training did. Under a density of 8-bit levels it is a density of (level + u) / 256, which also
+    accepts levels and gives other numbers: ``dequantized(load(run))`` is the mass of levels that the run reports.
 
     Raises:
         ValueError: the folder is no run, has no weights yet, or is damaged.
@@ -163,7 +165,7 @@ def load(run_dir: str | Path) -> VAE:
         cure = f"; --resume {folder} writes it again" if (folder / runs.TRAINING_STATE).exists() else ""
         raise ValueError(f"{error}{cure}") from None
     try:
-        # Without numbers at first: a damaged config may ask for more weights than the memory holds.
+        # On the meta device first: a damaged config may ask for more weights than the memory holds.
         expected = build_meta_vae(options, seen["event_shape"])
     except ValueError as error:
         raise ValueError(f"{folder / runs.CONFIG}: {error}") from None

@@ -16,11 +16,11 @@ from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -29,6 +29,9 @@ from ppl_vae.runs import files
 from ppl_vae.runs.files import JsonObject
 from ppl_vae.runs.options import Options
 from ppl_vae.runtime import ranks as distributed
+
+if TYPE_CHECKING:  # a command that draws nothing does not wait for matplotlib
+    from matplotlib.figure import Figure
 
 
 def make_run_dir(run_dir: str | None, *, dataset: str, likelihood: str) -> Path:

@@ -2,9 +2,10 @@
 
     items per pass = bytes of a pass / (floats per item x bytes per float)
 
-An item is an image, a pair of one particle and one image, or a latent vector. ``images_per_group`` and
-``evaluation_batch_size``, which decide the random numbers that an image gets, follow from the same rule. A block of
-items has its own seed, and any rank may compute it, now or in a later call.
+An item is an image, a pair of one particle and one image, or a latent vector. A pass is one call of the decoder. A
+group is the images whose noise comes from one seed (``images_per_group``); a batch of an evaluation is the particles
+and images that draw at once (``evaluation_batch_size``). A block is work that is kept when it is finished: it has its
+own seed, and any rank may compute it, now or in a later call.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def floats_per_latent(distribution: Distribution) -> int:
 
     This is L for most distributions, the features of all latents for a flow, and K times a component's for a mixture.
     """
-    parts = (getattr(distribution, name, None) for name in ("base_dist", "first", "prior", "proposal"))
+    # The distributions that others are made of: transformed ones, layers (``first``), defensive mixtures.
+    parts = (getattr(distribution, name, None) for name in ("base_dist", "first", "wide", "proposal"))
     vectors = [part for part in parts if isinstance(part, Distribution) and part.event_shape]
     most = max([distribution.event_shape.numel(), *map(floats_per_latent, vectors)])
     if hasattr(distribution, "flow") or hasattr(distribution, "layers"):
@@ -141,9 +143,10 @@ class BatchSize:
                 if not is_out_of_memory(error) or self.particles == self.images == 1:
                     raise
             release(self._device)  # after the except clause, see there
-            word = "particle" if self.particles > 1 else "image"
-            before = getattr(self, f"{word}s")
-            setattr(self, f"{word}s", before // 2)
+            if self.particles > 1:
+                word, before, self.particles = "particle", self.particles, self.particles // 2
+            else:
+                word, before, self.images = "image", self.images, self.images // 2
             if self._say is not None:
                 self._say(
                     f"Out of memory with {describe_count(before, word)} at once: continuing with {before // 2:,}."
@@ -241,7 +244,8 @@ def compute_blocks(
     # Allocated before the work: small tensors kept between large ones would fragment memory for good.
     table = torch.empty(num_items, num_columns, dtype=torch.double, device=device)
     remaining = _fill_finished(table, block_size, done or {})
-    num_ranks, rounds = distributed.num_ranks(), 1
+    num_ranks = distributed.num_ranks()
+    rounds = 1  # blocks that each rank computes before the ranks exchange their rows
     while remaining:
         started = time.monotonic()
         current, remaining = remaining[: rounds * num_ranks], remaining[rounds * num_ranks :]
@@ -278,6 +282,7 @@ def _fill_finished(table: Tensor, block_size: int, done: Mapping[int, Tensor]) -
     firsts = set(distributed.broadcast(sorted(own)))
     if firsts:
         finished = [block for block in blocks if block.start in firsts]
+        # Only rank 0 has rows to give; the others receive them.
         _exchange(table, finished, [(block, own[block.start].to(table)) for block in finished if own])
     return [block for block in blocks if block.start not in firsts]
 

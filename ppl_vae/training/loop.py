@@ -140,7 +140,7 @@ def fit(
     loss = partial(objectives.loss_per_image, objectives.elbo() if objective is None else objective)
     loop = _Loop(state, source, loss, transform, optimizer, schedule, validation, callbacks, epochs, len(train))
     program.train()
-    if (len(train) - 1) % schedule.batch_size == 0:
+    if len(train) % schedule.batch_size == 1 or schedule.batch_size == 1:  # the last batch is a single image
         one = source.images(torch.zeros(1, dtype=torch.long, device=some.device))
         check_batch_of_one(program, loss, transform, one)
     if (compile or loop.must_skip or loop.several) and state.step < loop.total_steps:
@@ -249,6 +249,7 @@ class _Loop:
                 _refit(state.program, self.transform, self.source.stored[rows], self.steps.noise)
         if self.callbacks.on_step is not None:
             self.callbacks.on_step(state)
+        # With several ranks the step itself has agreed on whether to stop and to save.
         ends, due = self.steps.requested if self.several else self._requests()
         if state.step % self.steps_per_epoch and (ends or due):
             self.steps.settle()
@@ -314,10 +315,10 @@ def _refit(program: Any, transform: Callable[..., Tensor], stored: Tensor, noise
     """
     decoder = program.likelihood
     with pyro.validation_enabled(False):  # the next step finds weights that are not finite
-        with noise.along(0):
+        with noise.along(0):  # images are dimension 0 of the pixels
             x = transform(stored, None)
         q = program.posterior(x)
-        with noise.along(-(q.event_dim + 1)):
+        with noise.along(-(q.event_dim + 1)):  # and stand left of the event in a draw of z
             z = q.sample()
         decoder.family.refit(_gather_batch(decoder.net(z), noise.share), _gather_batch(x, noise.share))
 
@@ -326,7 +327,7 @@ def _gather_batch(values: Tensor, share: BatchShare | None) -> Tensor:
     """(b, ...) of this rank's images -> (B, ...) of the whole batch."""
     if share is None or num_ranks() == 1:
         return values
-    own = slice(0, share.size if share.weight else 0)
+    own = slice(0, share.size if share.weight else 0)  # none of a rank whose only image has weight 0
     rows = torch.arange(share.start, share.stop, device=values.device)
     return gather_rows(values[own], share.num_images, rows[own])
 

@@ -15,6 +15,7 @@ import torch
 from ppl_vae import data
 from ppl_vae.commands.cli import iterate_fields, parse
 from ppl_vae.commands.options import COMMANDS, QUICK, Changes, Evaluate
+from ppl_vae.parts.registry import PRIORS
 from ppl_vae.runs.options import Options, format_flag
 from ppl_vae.runs.resolve import resolve
 from ppl_vae.runs.results import to_json
@@ -74,7 +75,7 @@ def test_help_all_names_every_option(capsys: pytest.CaptureFixture[str], command
 def test_the_help_of_train_fits_on_two_screens_and_shows_the_choices(capsys: pytest.CaptureFixture[str]) -> None:
     shown = read_help(capsys, "train", "--help")
     assert len(shown.splitlines()) <= 100
-    assert "{standard-normal,mixture,vamp,flow}" in shown
+    assert "{" + ",".join(PRIORS) + "}" in shown
     for group in ("data:", "model:", "objective:", "optimization:", "evaluation:", "run:"):
         assert f"\n{group}\n" in shown
 

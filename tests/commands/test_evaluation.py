@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -177,3 +179,11 @@ def test_loading_draws_nothing_from_the_global_generator(run):
     before = torch.get_rng_state()
     load(run[0])
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_an_evaluation_waits_for_no_library_that_it_does_not_use():
+    code = "import sys, torch, ppl_vae.commands.evaluate; from ppl_vae.runs.build import build_meta_vae; "
+    code += "from ppl_vae.runs.options import Options; build_meta_vae(Options(), (1, 28, 28)); "
+    code += "print(sorted({'matplotlib', 'torch._dynamo'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

@@ -112,7 +112,7 @@ def test_evaluations_of_other_weights_are_left_out(run: Path, tmp_path: Path) ->
     [
         ({"format": "ppl_vae model 2"}, "another version wrote it"),
         ({"model": 3}, "expected an object of options, got int"),
-        ({"model": {"latent_dim": 2}}, "missing or unknown"),
+        ({"model": {"latent_dim": 2}}, "expected binarization as it was resolved"),
     ],
 )
 def test_a_damaged_config_is_refused_in_one_line(exported: Path, change: dict[str, Any], words: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -68,10 +69,15 @@ def test_options_survive_json(asked: Options) -> None:
     assert read_options({"options": json.loads(json.dumps(to_json(asked)))}) == asked
 
 
-def test_a_missing_field_of_json_is_named_and_refused() -> None:
+def test_an_option_that_is_newer_than_a_run_has_its_default() -> None:
     for name in to_json(Options()):
-        with pytest.raises(ValueError, match=f"missing or unknown: {name}$"):
-            read_options({"options": {other: value for other, value in to_json(Options()).items() if other != name}})
+        older = {other: value for other, value in to_json(OTHER).items() if other != name}
+        assert read_options({"options": older}) == replace(OTHER, **{name: getattr(Options(), name)})
+
+
+def test_an_unknown_option_is_refused_by_its_name() -> None:
+    with pytest.raises(ValueError, match=r"unknown ones: sparkle$"):
+        read_options({"options": to_json(Options()) | {"sparkle": 1}})
 
 
 BAD_JSON = [

@@ -80,7 +80,10 @@ def _normal_log_cdf(z: Tensor) -> Tensor:
 def _student_log_cdf(df: Tensor) -> Callable[[Tensor], Tensor]:
     """z -> log F(z) of Student's t with ``df`` degrees of freedom.
 
-    F(-t) = I_u(df / 2, df / 2), u = 1 / (1 + r^2), r = q + sqrt(1 + q^2), q = t / sqrt(df), for t > 0.
+    F(-t) = I_u(df / 2, df / 2), u = 1 / (1 + r^2), r = q + sqrt(1 + q^2), q = t / sqrt(df), for t > 0,
+
+    since F(-t) = I_v(df / 2, 1/2) / 2 with v = 1 / (1 + q^2) = 4 u (1 - u), and I_v(a, 1/2) = 2 I_u(a, a). No
+    difference from 1 is taken, so the tail keeps its digits.
     """
     df = df.double()
     a = df / 2
@@ -112,7 +115,7 @@ def incomplete_beta_fraction(a: Tensor, b: Tensor, x: Tensor) -> Tensor:
         # 1 + d_2m / (1 + d_2m+1 / c) with a single division
         rest = c * (a + 2 * m) * (a + (2 * m + 1)) - (a + m) * (a + b + m) * x
         c = 1 + m * (b - m) * x * c * (a + (2 * m + 1)) / ((a + (2 * m - 1)) * rest)
-    return 1 / (1 - (a + b) * x / (a + 1) / c)
+    return 1 / (1 - (a + b) * x / (a + 1) / c)  # d_1 = -(a + b) x / (a + 1)
 
 
 # --- Numbers between 0 and 1 ---
@@ -121,10 +124,10 @@ def incomplete_beta_fraction(a: Tensor, b: Tensor, x: Tensor) -> Tensor:
 def _log_beta_mass(p: StableBeta, x: Tensor) -> Tensor:
     """Log-mass of levels under a Beta, in any shape: by quadrature within a level, or by the tail.
 
-    The first and the last level, where the density may have a pole, have the mass I_e(alpha, beta) of their inner edge
-    e, or 1 - I_{1 - e}(beta, alpha), whichever is more exact. Where the density falls by more than 16 nats within a
-    level, its mass is that of the tail from the edge next to the mode. Double precision avoids an error of 0.009 nats
-    per image at kappa = 8,100.
+    The first and the last level, where the density may have a pole, have the mass of the tail beyond their inner edge
+    e: I_e(alpha, beta) for the first. Where that tail holds most of the mass it is 1 minus the other tail. Where the
+    density falls by more than 16 nats within a level, the mass is that of the tail from the edge next to the mode.
+    Double precision avoids an error of 0.009 nats per image at kappa = 8,100.
     """
     # ``crossing`` is near the mean. The fraction converges for the lower tail to its left, and for the upper tail, with
     # alpha and beta swapped (a, b), to its right. ``edge`` is the side of a level that is nearer to the mean. ``rest``

@@ -209,10 +209,11 @@ def speed_training() -> str:
 
 
 def speed_short() -> str:
-    """For README: four ways to take the step."""
+    """For README: five ways to take the step."""
     names = ["PyTorch, eager, default Adam", "PyTorch, whole step compiled", "ppl_vae, captured", "Pyro's example loop"]
+    names.insert(3, "NumPyro, fori_loop")
     found = stored("benchmark")["training"]
-    kept = {model: {name: records[name] for name in names} for model, records in found.items()}
+    kept = {model: {name: records[name] for name in names if name in records} for model, records in found.items()}
     return "\n".join(table("training", kept, "ratio"))
 
 

@@ -13,7 +13,9 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
+from ppl_vae.data import from_dataset
 from ppl_vae.protocols import Program
 from ppl_vae.runtime.errors import NotFinite
 from ppl_vae.runtime.global_state import seeded
@@ -29,16 +31,18 @@ from ppl_vae.weights import latent_sites
 def images_tensor(name: str, x: Any) -> Tensor:
     """Return images as one tensor (N, *E); a NumPy array is not copied if that is possible.
 
-    An array of the other byte order, as FITS and IDX files have it, is converted. Anything else raises ValueError, such
-    as a list, a ``DataLoader`` or an array with masked values.
+    An array of the other byte order, as FITS and IDX files have it, is converted. A ``Dataset`` or ``DataLoader`` is
+    read as ``data.from_dataset`` does. Anything else raises ValueError, such as a list or an array with masked values.
     """
+    if isinstance(x, Dataset | DataLoader):
+        x = from_dataset(x)
     check_no_mask(name, x)
     if isinstance(x, np.ndarray) and x.dtype.kind in "buif":
         x = np.asarray(x, dtype=x.dtype.newbyteorder("="))
         x = torch.from_numpy(np.require(x, requirements=["C", "W"]))
     if not isinstance(x, Tensor) or not x.dim():
         raise ValueError(
-            f"{name}: expected one tensor or NumPy array of images, (N, *E), got {describe_type(x)}; fit makes the "
+            f"{name}: expected one tensor, array or Dataset of images, (N, *E), got {describe_type(x)}; fit makes the "
             "batches itself (Schedule.batch_size), and torch.stack makes one tensor of a list of images"
         )
     return x

@@ -15,6 +15,7 @@ import numpy as np
 import pyro
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from ppl_vae import data as image_data
 from ppl_vae import objectives
@@ -52,7 +53,7 @@ class TrainingStopped(Exception):
 @torch.enable_grad()  # whatever block a caller is in, such as torch.no_grad()
 def fit(
     program: Program,
-    data: Tensor,
+    data: Tensor | np.ndarray | Dataset[Any] | DataLoader[Any],
     *,
     epochs: int,
     objective: objectives.Loss | None = None,
@@ -84,8 +85,8 @@ def fit(
 
     Args:
         program: What is trained, such as a ``VAE``, on its device.
-        data: (N, *E) training images as stored. They are copied to the program's device, except with ``stream``. A
-            program whose weights are all float64 sees the images as float64.
+        data: (N, *E) training images as stored: a tensor, an array or a ``Dataset``. They are copied to the program's
+            device, except with ``stream``. A program whose weights are all float64 sees the images as float64.
         epochs: Passes through the data.
         objective: A Pyro loss, such as ``objectives.STL()`` or ``pyro.infer.Trace_ELBO()``, or a function
             (model, guide, x) -> nats, the sum over the images x. None is ``objectives.elbo()``. The programs that it

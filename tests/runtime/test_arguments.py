@@ -15,7 +15,6 @@ import torch
 from fitting import fit
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal, AutoStructured
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from ppl_vae import VAE, Conditional, importance, log_evidence
 from ppl_vae.evidence import ais, guide_calibration, missing
@@ -180,15 +179,15 @@ def test_an_array_trains_as_its_tensor_does(dtype: Any) -> None:
 
 @pytest.mark.parametrize(
     "train",
-    [DataLoader(IMAGES), TensorDataset(IMAGES), list(IMAGES), IMAGES.tolist(), None, np.array(["a"]), np.array(3.0)],
-    ids=["loader", "dataset", "tensors", "list", "none", "strings", "scalar"],
+    [list(IMAGES), IMAGES.tolist(), None, np.array(["a"]), np.array(3.0)],
+    ids=["tensors", "list", "none", "strings", "scalar"],
 )
 @pytest.mark.parametrize("name", ["data", "validation"])
 def test_images_that_are_no_tensor_are_refused_in_one_line(name: str, train: Any) -> None:
     if name == "validation" and train is None:
         return
     images = {"data": IMAGES, "validation": None} | {name: train}
-    with pytest.raises(ValueError, match=rf"^{name}: expected one tensor or NumPy array") as caught:
+    with pytest.raises(ValueError, match=rf"^{name}: expected one tensor, array or Dataset") as caught:
         fit(small_vae(), images["data"], images["validation"], epochs=1)
     assert len(str(caught.value).splitlines()) == 1
 

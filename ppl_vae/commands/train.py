@@ -21,7 +21,14 @@ from ppl_vae.runs.files import JsonObject
 from ppl_vae.runs.load import load_starting_weights, make_config
 from ppl_vae.runs.open import Run, Say, open_run
 from ppl_vae.runs.options import Options
-from ppl_vae.runs.outputs import Log, check_new, check_tensorboard, open_events, record_environment
+from ppl_vae.runs.outputs import (
+    Log,
+    add_pictures_to_events,
+    check_new,
+    check_tensorboard,
+    open_events,
+    record_environment,
+)
 from ppl_vae.runs.resolve import (
     check_compiler,
     check_precision,
@@ -178,6 +185,7 @@ def _go_on(run: Run, saved: Saved | None, *, say: Say, compile_if_possible: bool
     distributed.leave()  # the others are done: nothing of the figures is shared out
     if draw and not is_drawn(run):
         write_figures(run, say=say)
+        add_pictures_to_events(folder, options, step=runs.load_step(folder / runs.MODEL))
 
 
 def evaluate_trained_run(run: Run, *, say: Say) -> None:

@@ -287,6 +287,17 @@ def open_events(folder: Path, options: Options, *, step: int | None = None, pref
         yield write
 
 
+def add_pictures_to_events(folder: Path, options: Options, *, step: int) -> None:
+    """Writes the run's figures as TensorBoard images at a step; nothing with ``--tensorboard off``."""
+    if options.tensorboard != "on":
+        return
+    with _import_writer()(str(folder / EVENTS)) as writer:
+        for path in sorted((folder / files.FIGURES).glob("*.png")):
+            with Image.open(path) as picture:
+                pixels = np.asarray(picture.convert("RGB"))
+            writer.add_image(f"{files.FIGURES}/{path.stem}", pixels, step, dataformats="HWC")
+
+
 def _iterate_numbers(values: Mapping[str, object], prefix: str) -> Iterator[tuple[str, float]]:
     """Every number of an object and of the objects in it, by its path of names."""
     for name, value in values.items():

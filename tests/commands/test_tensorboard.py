@@ -50,6 +50,15 @@ def run(asked: Callable[..., Options], tmp_path_factory: pytest.TempPathFactory)
     return train_run(asked(), str(tmp_path_factory.mktemp("runs") / "a"), say=silent, draw=False)
 
 
+@pytest.mark.thorough
+def test_the_figures_of_a_run_are_pictures_among_its_events(asked: Callable[..., Options], tmp_path: Path) -> None:
+    folder = train_run(asked(epochs=1), str(tmp_path / "a"), say=silent)
+    events = EventAccumulator(str(folder / tensorboard.EVENTS))
+    events.Reload()
+    assert set(events.Tags()["images"]) == {f"figures/{path.stem}" for path in (folder / "figures").glob("*.png")}
+    assert events.Images("figures/latents")[0].step == runs.load_step(folder / runs.MODEL)
+
+
 @pytest.mark.parametrize("name", ["train_loss_nats_per_image", "validation_elbo_nats_per_image", "beta", "seconds"])
 def test_events_are_the_records_of_the_metrics(run: Path, name: str) -> None:
     assert scalars(run)[name] == pytest.approx(records(run, name), rel=1e-6)

@@ -217,8 +217,8 @@ def _read_idx_set(
 def read_cifar10(data_dir: Path, *, download: bool = True) -> Splits:
     """CIFAR-10 (Krizhevsky 2009): 45,000 / 5,000 / 10,000 images (3, 32, 32).
 
-    Read from the published binary version, of which nothing is unpacked on disk. The version for Python is a pickle,
-    and is not read. Each image is a byte with its label, and then its pixels.
+    Read from the published binary version, without unpacking it on disk. The version for Python is a pickle, and is
+    not read. Each image is a byte with its label, and then its pixels.
     """
     path = get_published_file("cifar10", data_dir, _CIFAR10, download=download)
     batches = []

@@ -111,7 +111,7 @@ class IWAE(DifferentiableLoss):
         -sum_b log (1/S) sum_s w_bs,   w_bs = p(x_b, z_s) / q(z_s | x_b),   z_s ~ q(z | x_b)
 
     L_S <= log p(x) in expectation, and does not fall with S; S = 1 is the ELBO with a sampled KL. Pyro's ``RenyiELBO``
-    has one weight for a whole batch, of which one particle soon has all; this has one for each image.
+    has one weight for a whole batch, and one particle soon takes all of it; this has one for each image.
 
     A site's density is raised to the power of its scale, so that ``Temper`` gives log p(x | z) + beta (log p(z) -
     log q(z | x)). The subsampling scale of a plate multiplies the bound instead.

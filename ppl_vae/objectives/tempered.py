@@ -168,7 +168,7 @@ class FreeBits(DifferentiableLoss):
 
     No latent is lost early in training. lambda = 0 is the ELBO with its KL in closed form. Minus the loss is a lower
     bound on the sum of log p(x_b), and never tighter than the ELBO, since max(lambda, KL_l) >= KL_l. With ``Temper``
-    the second term has the weight beta, of which only beta < 1 can break the bound. Reports never use it.
+    the second term has the weight beta, and only beta < 1 can break the bound. Reports never use it.
 
     Args:
         num_particles: Draws of z per image.

@@ -288,7 +288,7 @@ def _memory_order(tensor: Tensor) -> list[int]:
 def flatten_state(
     trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, averages: Mapping[str, Tensor]
 ) -> tuple[FlatLayout, dict[str, Tensor]]:
-    """Move the parameters, their moments and their averages into one vector each, of which they become views.
+    """Move the parameters, their moments and their averages into one vector each, and make them views of it.
 
     Returns:
         The layout, and the vectors "weights", "first", "second" and, if there are averages, "averages".

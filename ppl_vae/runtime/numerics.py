@@ -70,7 +70,7 @@ def pareto_k(largest_log_w: Tensor) -> Tensor:
     The weights have 1 / k moments: above 0.5 their variance is infinite, and above 0.7 an estimate from a practical
     number of particles is considered unreliable (Vehtari et al. 2024, arXiv 1507.02646).
 
-    From the largest log-weights (M + 1, B) in descending order, of which the last is the threshold, to (B,). It is NaN
+    From the largest log-weights (M + 1, B) in descending order, whose last is the threshold, to (B,). It is NaN
     for fewer than 5 exceedances or if all are equal, and infinity if they exceed float64's range.
     """
     if len(largest_log_w) <= _SMALLEST_TAIL:

@@ -134,7 +134,7 @@ def _pictures(run: Run, names: Sequence[str]) -> list[Picture]:
 _ACTIVATIONS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.SiLU: "silu", nn.Tanh: "tanh", nn.GLU: "glu"}
 
 
-# a(W x + b): W (out, in), b (out,), and the activation a, of which "glu" is u sigmoid(v) of the two halves.
+# a(W x + b): W (out, in), b (out,), and the activation a; "glu" is u sigmoid(v) of the two halves.
 Layer = tuple[HalfArray, HalfArray, str]
 
 

@@ -72,7 +72,7 @@ def write_evaluation(run: Run, options: Evaluate, *, say: Say) -> Evaluation:
             if distributed.is_writer():
                 kept = runs.read_evaluations(run.folder, step=found.step)
                 if found.split in kept:
-                    say(describe_replacement(from_json(Evaluation, kept[found.split])))
+                    say(describe_replacement(kept[found.split]))
                 runs.save_tensors(run.folder / runs.per_image_file(found.split), tensors, scalars)
                 runs.write_json(run.folder / runs.EVALUATION, kept | {found.split: to_json(found)})
                 partial_path(run.folder, found.split).unlink(missing_ok=True)

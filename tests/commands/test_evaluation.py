@@ -181,6 +181,16 @@ def test_loading_draws_nothing_from_the_global_generator(run):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_a_damaged_evaluation_is_replaced_by_a_new_one_with_a_line(from_python):
+    folder, _ = from_python
+    step = runs.load_step(folder / "model.safetensors")
+    runs.write_json(folder / "evaluation.json", {"test": {"step": step, "num_images": 40}})
+    said = []
+    found = evaluate_run(Evaluate(str(folder), num_particles=10), say=said.append)
+    assert "images 40" in said[0]
+    assert runs.read_evaluations(folder)["test"]["num_images"] == found.num_images
+
+
 def test_an_evaluation_waits_for_no_library_that_it_does_not_use():
     code = "import sys, torch, ppl_vae.commands.evaluate; from ppl_vae.runs.build import build_meta_vae; "
     code += "from ppl_vae.runs.options import Options; build_meta_vae(Options(), (1, 28, 28)); "

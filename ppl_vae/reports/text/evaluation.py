@@ -17,6 +17,7 @@ from ppl_vae.reports.text import (
 )
 from ppl_vae.runs.certificates import Bound, Certificate, ConvergenceCurve, SimulatedBounds, SplitGap
 from ppl_vae.runs.command_results import Encoding, ImputationSummary
+from ppl_vae.runs.files import JsonObject
 from ppl_vae.runs.results import Evaluation, Quantiles
 
 # Below this Pareto k-hat the weights have a variance, which the delta method and the jackknife assume.
@@ -90,10 +91,11 @@ def describe_evaluation(found: Evaluation) -> list[str]:
     ]
 
 
-def describe_replacement(old: Evaluation) -> str:
-    """The evaluation that a new one takes the place of, in one line."""
-    S = "" if old.num_particles is None else f", S = {old.num_particles:,}"
-    return f"This replaces the evaluation of {old.num_images:,} {old.split} images{S}, seed {old.seed}."
+def describe_replacement(entry: JsonObject) -> str:
+    """The stored evaluation that a new one takes the place of, in one line. A damaged one is replaced as well."""
+    words = {"num_images": "images", "num_particles": "particles", "seed": "seed"}
+    known = ", ".join(f"{word} {entry[key]}" for key, word in words.items() if entry.get(key) is not None)
+    return f"This replaces the stored evaluation ({known})."
 
 
 def describe_encoding(found: Encoding) -> list[str]:

@@ -26,7 +26,7 @@ from ppl_vae.runs.certificates import CERTIFICATE, AISSummary, Certificate, Cert
 from ppl_vae.runs.checkpoints import BlockStore, StageResults
 from ppl_vae.runs.files import JsonObject
 from ppl_vae.runs.open import Run, Say, check_density, check_images, load_evaluated_vae, open_run
-from ppl_vae.runs.outputs import write_figure
+from ppl_vae.runs.outputs import make_folder, write_figure
 from ppl_vae.runs.resolve import data_options, decide_compile, find_device
 from ppl_vae.runs.results import to_json
 from ppl_vae.runtime.process import stop_on_signals
@@ -59,7 +59,7 @@ def certify_run(options: Certify, *, say: Say) -> Certificate:
     with the same options are not measured again. What is not asked for this time is not in the entry, but stays in the
     file.
     """
-    run = open_run(options.run_dir, dataset=options.dataset, data_dir=options.data_dir)
+    run = open_run(options.run_dir, dataset=options.dataset, data_dir=options.data_dir, say=say)
     with runs.lock_folder(run.folder), stop_on_signals() as should_stop:
         _check_before_work(run, options)
         place = find_device(options.device)
@@ -106,6 +106,7 @@ def _check_before_work(run: Run, options: Certify) -> None:
     (run.folder / runs.FIGURES).mkdir(exist_ok=True)
     if options.output is not None:
         certificates.read_certificates(Path(options.output))
+        make_folder(Path(options.output).parent, "--output")
         runs.check_writable(Path(options.output).parent)
     if options.against_data_dir is not None and options.against is None:
         raise ValueError("--against-data-dir: expected it together with --against, got it alone")

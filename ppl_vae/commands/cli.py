@@ -1,7 +1,8 @@
 """The command line of every command, made from its dataclass of options.
 
-A command is a dataclass in ``commands/options.py`` and one function ``run(options, say)``. The parser, ``--help``,
-``--help-all``, ``--config FILE.toml`` and the error messages all come from the dataclass. Free of torch.
+A command is a dataclass in ``commands/options.py`` and one function that is called with ``(options, say=say)``. The
+parser, ``--help``, ``--help-all``, ``--config FILE.toml`` and the error messages all come from the dataclass. Free of
+torch.
 """
 
 from __future__ import annotations

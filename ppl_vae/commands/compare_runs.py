@@ -37,7 +37,7 @@ def compare_runs(options: CompareRuns, *, say: Say) -> Comparison:
     Returns:
         The comparison, as comparison.json holds it.
     """
-    opened = _open_runs(options)
+    opened = _open_runs(options, say)
     first, S = opened[0], options.num_particles
     places, x = _load_shared_images(opened, options)
     find_device(options.device)
@@ -84,7 +84,7 @@ def compare_runs(options: CompareRuns, *, say: Say) -> Comparison:
     return found
 
 
-def _open_runs(options: CompareRuns) -> list[Run]:
+def _open_runs(options: CompareRuns, say: Say) -> list[Run]:
     """The runs, whose nats must be comparable. Data that they share is read once."""
     run_dirs, images = options.run_dirs, options.images
     if len(run_dirs) < 2:
@@ -96,7 +96,7 @@ def _open_runs(options: CompareRuns) -> list[Run]:
     opened: list[Run] = []
     for path in run_dirs:
         like = opened[0] if opened else None
-        opened.append(open_run(path, dataset=options.dataset, data_dir=options.data_dir, like=like))
+        opened.append(open_run(path, dataset=options.dataset, data_dir=options.data_dir, like=like, say=say))
     first = opened[0]
     for run in opened:
         check_density(run, "bound on log p(x) to compare")

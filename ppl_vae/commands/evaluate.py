@@ -51,7 +51,9 @@ def evaluate_run(options: Evaluate, *, say: Say) -> Evaluation:
     same numbers. The numbers of each image are in evaluation-SPLIT.safetensors.
     """
     with joined(str(find_device(options.device))), ExitStack() as held:
-        run = rank_zero_first(lambda: open_run(options.run_dir, dataset=options.dataset, data_dir=options.data_dir))
+        run = rank_zero_first(
+            lambda: open_run(options.run_dir, dataset=options.dataset, data_dir=options.data_dir, say=say)
+        )
         check_density(run, "log-likelihood")
         with end_together():
             held.enter_context(runs.lock_folder(run.folder))

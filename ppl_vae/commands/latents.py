@@ -156,7 +156,7 @@ def impute_images(options: Impute, *, say: Say) -> Path:
     from images that are otherwise complete, it also holds ``log_likelihood_hidden``, log p(x_hidden | x_observed) =
     log p(x) - log p(x_observed), with NaN for the other images. Refuses autoencoders.
     """
-    run = open_run(options.run_dir, dataset=options.dataset, data_dir=options.data_dir)
+    run = open_run(options.run_dir, dataset=options.dataset, data_dir=options.data_dir, say=say)
     check_density(run, "p(x_missing | x_observed) to draw from")
     place, S = find_device(options.device), options.num_particles
     vae = load_evaluated_vae(run).to(place)

@@ -52,7 +52,7 @@ def diagnose_run(options: Diagnose, *, say: Say) -> Diagnosis:
     (level + u) / 256, with one draw of u. The advice depends on the images that are measured, so by default they are
     not the test images, on which results are reported. Refuses fewer than 4 images.
     """
-    run = open_run(options.run_dir, dataset=options.dataset, data_dir=options.data_dir)
+    run = open_run(options.run_dir, dataset=options.dataset, data_dir=options.data_dir, say=say)
     with runs.lock_folder(run.folder):
         place = find_device(options.device)
         split = choose_split(run) if options.split is None else options.split
@@ -151,7 +151,7 @@ _HEAD = 1000  # bytes of a page, within which its generator stands
 
 def draw_run(options: Figures, *, say: Say) -> None:
     """Draws a run's figures again, from its files."""
-    write_figures(open_run(options.run_dir, dataset=options.dataset, data_dir=options.data_dir), say=say)
+    write_figures(open_run(options.run_dir, dataset=options.dataset, data_dir=options.data_dir, say=say), say=say)
 
 
 def report_run(options: Report, *, say: Say) -> Path:
@@ -162,7 +162,7 @@ def report_run(options: Report, *, say: Say) -> Path:
     Returns:
         The page.
     """
-    run = open_run(options.run_dir, dataset=options.dataset, data_dir=options.data_dir)
+    run = open_run(options.run_dir, dataset=options.dataset, data_dir=options.data_dir, say=say)
     path = run.folder / REPORT if options.output is None else Path(options.output)
     if path.is_dir():
         raise ValueError(f"--output: expected a file, but {path} is a folder")

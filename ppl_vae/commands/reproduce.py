@@ -17,6 +17,7 @@ from ppl_vae.diagnostics import active_units
 from ppl_vae.evidence.moments import compute_moments, encode
 from ppl_vae.reports.run_figures import is_drawn, write_figures
 from ppl_vae.reports.text.comparison import describe_recipes, describe_reproduction, reproduction_table, seeds_table
+from ppl_vae.runs.build import count_weights
 from ppl_vae.runs.files import JsonObject
 from ppl_vae.runs.open import Run, Say, load_evaluated_vae
 from ppl_vae.runs.options import PLACES, Options, format_flag
@@ -34,7 +35,7 @@ from ppl_vae.runs.recipes import (
 )
 from ppl_vae.runs.resolve import find_device, load_splits
 from ppl_vae.runs.results import read_evaluation, to_json
-from ppl_vae.vae import VAE
+from ppl_vae.runtime.global_state import seeded
 
 EVALUATION_SEED = 0
 
@@ -133,7 +134,6 @@ def _make_row(
     evaluation, metrics = read_evaluation(run.folder), [runs.read_metrics(folder) for folder in stages]
     assert evaluation is not None
     assert evaluation.log_likelihood is not None
-    vae = load_evaluated_vae(run)
     keys = ("dataset", "protocol", "binarization", "split", "num_images", "num_particles")
     commits, environment = _find_origins(list(stages), asked.device if is_new else None)
     return Reproduction(
@@ -152,8 +152,8 @@ def _make_row(
         ours=evaluation.log_likelihood,
         **{key: getattr(evaluation, key) for key in ("elbo", "kl", "rise")},
         protocol=EvaluationProtocol(**{key: getattr(evaluation, key) for key in keys}),
-        weights=sum(w.numel() for w in vae.parameters()),
-        active_units=None if run.options.upper_latents is not None else _count_active_units(run, vae),
+        weights=count_weights(run.options, run.splits.event_shape),
+        active_units=None if run.options.upper_latents is not None else _count_active_units(run),
         validation=read_validation_curve(metrics, evaluation.step),
         seconds=StageSeconds(tuple(records[-1]["seconds"] for records in metrics), evaluation.seconds),
         command=_make_command(asked),
@@ -162,11 +162,11 @@ def _make_row(
     )
 
 
-def _count_active_units(run: Run, vae: VAE) -> int:
+def _count_active_units(run: Run) -> int:
     """How many latents' posterior means vary over test images by more than 0.01, in variances of the prior."""
+    vae = load_evaluated_vae(run)
     x = data.evaluation_images(run.splits, "test", run.evaluated_pixels, seed=EVALUATION_SEED)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(EVALUATION_SEED)
+    with seeded(EVALUATION_SEED, torch.device("cpu")):
         return active_units(encode(vae, x), compute_moments(vae.prior()).scale).count
 
 
@@ -198,8 +198,7 @@ def _find_last_gain(records: Sequence[JsonObject]) -> float | None:
 
 def _make_command(asked: Reproduce) -> str:
     """The command line that makes the row again, without places on this machine."""
-    given = {name: getattr(asked, name) for name in ("epochs", "epochs_share", "precision", "seed")}
-    given["device"] = None if asked.device == "cpu" else asked.device
+    given = {name: getattr(asked, name) for name in ("epochs", "epochs_share", "precision", "seed", "device")}
     words = [f"{format_flag(name)} {value}" for name, value in given.items() if value is not None]
     return " ".join(["ppl-vae reproduce", str(asked.name), *words])
 

@@ -124,6 +124,22 @@ def run_likelihoods(options: CompareLikelihoods, *, say: Say) -> None:
     compare_likelihoods(options.likelihoods, asked, run_dir=run_dir, output=options.output, say=say)
 
 
+def _check_output(output: str | None) -> None:
+    """Checks before the work that the table can be written. Raises ValueError for a folder in the file's place."""
+    if output is None:
+        return
+    if Path(output).is_dir():
+        raise ValueError(f"--output: expected a JSON file, got the folder {output}")
+    make_folder(Path(output).parent, "--output")
+
+
+def _write_table(output: str | None, device: str, table: JsonObject) -> None:
+    """Writes a table with what it was made with, where it was asked for."""
+    if output is not None:
+        environment = runs.describe_environment(str(find_device(device)))
+        runs.write_json(Path(output), table | {"environment": environment})
+
+
 def compare_likelihoods(
     likelihoods: Sequence[str] | None, options: Options, *, run_dir: str, output: str | None, say: Say
 ) -> list[LikelihoodRow]:
@@ -143,10 +159,7 @@ def compare_likelihoods(
     asked = {Path(run_dir) / word: replace(options, likelihood=word) for word in words}
     scale = _check_likelihoods(list(asked.values()), splits)
     check_runs(asked, splits)
-    if output is not None:
-        if Path(output).is_dir():
-            raise ValueError(f"--output: expected a JSON file, got the folder {output}")
-        make_folder(Path(output).parent, "--output")
+    _check_output(output)
     say(f"{len(words)} likelihoods, compared by the {scale}: {', '.join(words)}")
     opened: list[Run] = []
     rows, failed = [], {}
@@ -166,11 +179,8 @@ def compare_likelihoods(
     if not opened:
         raise NotFinite(f"none of {', '.join(words)} was trained: {failed[words[0]]}")
     rows = rank_rows(rows, opened)
-    if output is not None:
-        table = {"dataset": options.dataset, "scale": scale, "rows": to_json(rows), "failed": failed}
-        runs.write_json(
-            Path(output), table | {"environment": runs.describe_environment(str(find_device(options.device)))}
-        )
+    table = {"dataset": options.dataset, "scale": scale, "rows": to_json(rows), "failed": failed}
+    _write_table(output, options.device, table)
     for line in describe_likelihood_table(rows):
         say(line)
     write_likelihood_figures(Path(run_dir) / runs.FIGURES, opened, rows, say)
@@ -293,14 +303,19 @@ def compare_networks(
 
     Epochs are planned from the measured time of a few steps, so that each training, with its validation, takes about
     that long when nothing else runs. A table that was interrupted goes on; its finished runs are taken as they are.
+
+    Raises ValueError before any training, for convolutional networks alone on a table and as ``check_runs``.
     """
     check_has_density(options)
     splits = load_splits(options)
     if len(splits.event_shape) == 1 and set(networks) - set(DENSE_NETWORKS):
         say("The data is a table: convolutional networks are left out.")
         networks = [network for network in networks if network in DENSE_NETWORKS]
+        if not networks:
+            raise ValueError(f"--networks: expected one of {', '.join(DENSE_NETWORKS)} for a table, got none of them")
     asked = {Path(run_dir) / network: replace(options, network=network) for network in networks}
     check_runs(asked, splits, free=frozenset({"epochs", "warmup_epochs"}))
+    _check_output(output)
     rows = []
     for folder, own in asked.items():
         if not (folder / runs.CONFIG).exists():
@@ -313,11 +328,7 @@ def compare_networks(
             own = replace(own, epochs=epochs)
         found = summarize_run(train_or_resume(folder, own, None, say=say))
         rows.append(NetworkRow(**found, network=own.network, seconds_an_epoch=found["seconds"] / found["epochs"]))
-    if output is not None:
-        table = {"dataset": options.dataset, "minutes": minutes, "rows": to_json(rows)}
-        runs.write_json(
-            Path(output), table | {"environment": runs.describe_environment(str(find_device(options.device)))}
-        )
+    _write_table(output, options.device, {"dataset": options.dataset, "minutes": minutes, "rows": to_json(rows)})
     for line in describe_network_table(rows):
         say(line)
     return rows

@@ -232,8 +232,8 @@ def _match_scale(file: Path, array: np.ndarray, kind: str) -> np.ndarray:
             f"{file}: expected {words} (the model was trained on {kind}), got {array.dtype} from {summary.low} to "
             f"{summary.high}" + "; if these are levels from 0 to 255, divide by 255" * has_levels
         )
-    is_binary = summary.is_binary
-    scale = 255 if array.dtype == np.uint8 and kind in (LEVELS, PROBABILITIES) and not is_binary else 1
+    has_levels = array.dtype == np.uint8 and kind in (LEVELS, PROBABILITIES) and not summary.is_binary
+    scale = 255 if has_levels else 1
     return np.ascontiguousarray(array, dtype=np.float32) / np.float32(scale)
 
 
@@ -248,7 +248,7 @@ def _load_images_from_files(
     channels, height, width = splits.event_shape
     own_color = {1: "gray", 3: "rgb"}[channels]
     if check_image_size(image_size) not in (None, (height, width)):
-        raise ValueError(f"image_size: expected {height} {width}, as the model has it, got {list(image_size or ())}")
+        raise ValueError(f"image_size: expected {height} {width}, as the model has it, got {image_size}")
     if color not in (None, own_color):
         raise ValueError(f"color: expected {own_color}, as the model has it, got {color}")
     found = find_images(path) if path.is_dir() else FoundFiles((path.name,), Counter())

@@ -130,7 +130,7 @@ class StudyData:
         return f"{PICTURES}/{self.word}/originals.png"
 
     def measure_quality(self, images: Tensor) -> Quality:
-        """Images (M, C, H, W) against the gray test images, of each the first min(M, N).
+        """Compare images (M, C, H, W) with the gray test images: the first min(M, N) of both.
 
         "sharpness" is 1 where they have as much fine detail; "frechet" is measured in the first principal components of
         the training images, in squared pixel units; "classifier" is 2 accuracy - 1 of a classifier between the two in
@@ -185,7 +185,8 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
         a, b: Points (N, K) and (M, K), each more than K.
 
     Returns:
-        In the square of the points' unit. It is above 0 for samples of one distribution, by about K^2 / N variances.
+        In the square of the points' unit. For two samples of N draws of one distribution it is not 0: about
+        K (K + 5) / (2 N) variances.
 
     Reference: Dowson and Landau 1982, The Fréchet distance between multivariate normal distributions; as a measure of
     generated images, in a network's features, Heusel et al. 2017, arXiv 1706.08500, equation 6.

@@ -69,8 +69,8 @@ def draw_rate_distortion(study: StudyNumbers) -> Figure:
         rate = np.array([_mean(run.kl) for run in sweep])
         distortion = np.array([-_mean(run.reconstruction) for run in sweep])
         axes.plot(rate, distortion, "o-", markersize=4.5, label="along beta")
-        for run, *at in zip(sweep, rate, distortion, strict=True):
-            axes.annotate(f"{run.beta:g}", (at[0], at[1]), (5, 5), textcoords="offset points", fontsize=8)
+        for run, x, y in zip(sweep, rate, distortion, strict=True):
+            axes.annotate(f"{run.beta:g}", (x, y), (5, 5), textcoords="offset points", fontsize=8)
         limits = axes.get_xlim(), axes.get_ylim()
         for mean in study.find_runs([name_run(dataset, "mean-over-pixels")]):
             axes.plot(_mean(mean.kl), -_mean(mean.reconstruction), "X", markersize=8, label="a mean over pixels")

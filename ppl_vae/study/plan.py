@@ -17,10 +17,10 @@ class Size:
     """How much is trained and measured.
 
     Args:
-        epochs: Of most runs.
-        collapse_epochs: Of the residual networks that collapse without a warm-up.
-        stress_epochs: Of the scale maps at ten times the learning rate.
-        betas: Of each data set; the last list serves data sets that have none of their own.
+        epochs: The epochs of most runs.
+        collapse_epochs: The epochs of residual networks, which collapse without a warm-up.
+        stress_epochs: The epochs of runs with another scale map at ten times the learning rate.
+        betas: The betas of each data set; the last list serves data sets that have none of their own.
         seeds: Further seeds, at the betas between which the likelihood peaks.
         close_betas: Those betas.
         latent_dims: Numbers of latents other than the base's.

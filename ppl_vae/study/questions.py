@@ -151,7 +151,7 @@ def _make_slider(source: PageSource, dataset: str) -> list[Block]:
     name, originals = source.read_originals(dataset)
     if not stops or originals is None:
         return []
-    start = [stop.label for stop in stops].index("1")
+    start = next((place for place, stop in enumerate(stops) if stop.label == "1"), 0)  # that run may have failed
     return [Slider("beta", stops, CAPTIONS["slider"].format(dataset=dataset), fixed=(name, originals), start=start)]
 
 

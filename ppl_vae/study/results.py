@@ -211,7 +211,7 @@ class StudyNumbers:
         size: "default" or "quick".
         settings: The size itself.
         datasets: Words of the data sets; the first has all parts.
-        seconds: Of training, evaluation and measuring, all runs together.
+        seconds: The seconds of training, of evaluation and of measuring, summed over the runs.
         runs: By name, in the order of training.
         differences: By table ("beta", "collapse" or "networks"), then by run.
         blur: By data set.

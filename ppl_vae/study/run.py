@@ -80,7 +80,7 @@ def collect(
     Args:
         size: How much.
         datasets: Names of data sets, or paths of a person's own images; the first has all parts.
-        name: Of the size.
+        name: The name of the size.
         output: The study's folder.
         say: Takes each line for the reader.
         data_dir: The folder of the named data sets.
@@ -229,6 +229,7 @@ def train_planned(planned: Planned, folder: Path) -> None:
         else:
             train_run(planned.options, str(run_dir), say=say, draw=False)
     except NotFinite as error:
+        run_dir.mkdir(exist_ok=True)  # an averaged run has a folder only once it is whole
         runs.write_json(run_dir / FAILURE, {"error": str(error)})
 
 
@@ -318,7 +319,7 @@ def _describe_data(place: Path, each: StudyData) -> DataNumbers:
 def write_report(folder: Path) -> Path:
     """Writes FOLDER/report.html from study.json and the pictures next to it, and the figures as files.
 
-    Of the runs it reads only those with two latents, whose decoders the page draws with.
+    It reads only the runs with two latents, whose decoders the page draws with.
 
     Returns:
         The page's file.

@@ -36,7 +36,7 @@ def test_a_mistyped_command_is_refused_with_a_suggestion(capsys):
     assert "did you mean train?" in said
 
 
-def test_python_m_runs_a_command_without_torch():
+def test_python_m_prints_the_version_without_torch():
     code = "import sys, runpy; sys.argv = ['ppl_vae', '--version']; runpy.run_module('ppl_vae', run_name='__main__')"
     code += "; assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

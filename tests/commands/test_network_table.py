@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -67,3 +69,19 @@ def test_a_table_that_is_asked_for_again_takes_its_runs_as_they_are(table, optio
     assert again == rows
     assert sum("is finished" in line for line in said) == 2
     assert {path: path.read_bytes() for path in (folder / "runs").rglob("*.safetensors")} == before
+
+
+def test_a_table_leaves_convolutional_networks_out_and_refuses_them_alone(options, tmp_path):
+    np.save(tmp_path / "rows.npy", np.random.default_rng(0).integers(0, 2, (300, 6), dtype=np.uint8))
+    rows_of_data = replace(options, dataset=str(tmp_path / "rows.npy"))
+    found, said = compare(rows_of_data, tmp_path)
+    assert [row["network"] for row in found] == ["mlp"]
+    assert any("convolutional networks are left out" in line for line in said)
+    with pytest.raises(ValueError, match=r"--networks: expected one of mlp, .* for a table"):
+        compare(rows_of_data, tmp_path / "other", networks=("conv",))
+
+
+def test_a_folder_in_the_place_of_the_table_is_refused_before_any_training(options, tmp_path):
+    with pytest.raises(ValueError, match="--output: expected a JSON file, got the folder"):
+        compare(options, tmp_path, output=str(tmp_path))
+    assert not (tmp_path / "runs").exists()

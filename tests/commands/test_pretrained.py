@@ -15,6 +15,7 @@ from ppl_vae import data, load, runs, save
 from ppl_vae.commands.cli import parse
 from ppl_vae.commands.evaluate import evaluate_run
 from ppl_vae.commands.options import COMMANDS, Evaluate
+from ppl_vae.reports.page.run import make_page
 from ppl_vae.runs import load as stored
 from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.load import load_starting_weights, read_config
@@ -131,6 +132,14 @@ def test_a_shipped_run_is_whole_and_evaluated_on_the_whole_test_set(folder):
     assert (options.data_dir, options.start_from) == (None, None)
     assert options.dataset in data.DATASETS
     assert all(weight.dtype == torch.float32 for weight in load(folder).parameters())
+
+
+def test_the_page_of_a_shipped_run_has_its_evaluation(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = open_run("mnist-best")
+    page = make_page(run, runs.load_step(run.folder / "model.safetensors"), None, split="validation")
+    mean = json.loads((run.folder / "evaluation.json").read_text())["test"]["log_likelihood"]["mean"]
+    assert f"{-mean:.2f}" in page
 
 
 def test_the_package_takes_the_files_of_pretrained_runs_along(shipped):

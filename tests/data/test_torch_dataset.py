@@ -48,9 +48,19 @@ def test_a_gray_picture_has_one_channel():
     assert torch.equal(found, torch.full((1, 1, 4, 5), 9, dtype=torch.uint8))
 
 
+def test_a_picture_with_a_palette_has_its_colors_and_one_in_black_and_white_its_levels():
+    colors = Image.fromarray(np.arange(60, dtype=np.uint8).reshape(4, 5, 3) * 4)
+    palette = colors.convert("P", palette=Image.Palette.ADAPTIVE)
+    expected = torch.from_numpy(np.array(palette.convert("RGB"))).permute(2, 0, 1)
+    assert torch.equal(data.from_dataset(Items(palette))[0], expected)
+    found = data.from_dataset(Items(Image.fromarray(np.eye(4, dtype=bool))))
+    assert torch.equal(found, 255 * torch.eye(4, dtype=torch.uint8)[None, None])
+
+
 @pytest.mark.parametrize(
     ("dataset", "words"),
     [
+        (TensorDataset(LEVELS[:0]), "expected a length and at least one item, got none in TensorDataset"),
         (Items(), "expected a length and at least one item, got none in Items"),
         (
             Items(torch.zeros(1, 2, 2), torch.zeros(1, 3, 3)),

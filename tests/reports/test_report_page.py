@@ -281,7 +281,7 @@ def _convolutional() -> Conditional:
 
 REFUSED = {
     "dense networks": _convolutional,
-    "one feature a pixel, got DiscretizedLogistic": lambda: decoder(family=likelihoods.DiscretizedLogistic),
+    "one feature per pixel, got DiscretizedLogistic": lambda: decoder(family=likelihoods.DiscretizedLogistic),
     "ends in a likelihood, got Linear": lambda: torch.nn.Linear(2, 35),
     "images": lambda: decoder(shape=(9,)),
     "half precision": _large,

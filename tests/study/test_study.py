@@ -14,8 +14,9 @@ from small_study import TINY, raise_killed, run_tiny_study, without_times
 from ppl_vae import data, runs
 from ppl_vae.commands.options import RunStudy
 from ppl_vae.diagnostics import verdicts
-from ppl_vae.runs.options import PLAIN
+from ppl_vae.runs.options import PLAIN, Options
 from ppl_vae.runs.results import read_per_image, to_json
+from ppl_vae.runtime.errors import NotFinite
 from ppl_vae.study import measure, plan, run
 from ppl_vae.study.plan import DEFAULT
 from ppl_vae.study.results import FAILURE, StudyNumbers, read_study
@@ -160,3 +161,21 @@ def test_a_bound_that_may_still_rise_is_not_reliable(
     per_image = read_per_image(study[0] / "runs" / "bars-beta-1", "test")
     assert per_image is not None
     assert measure.has_settled(per_image) is expected
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_a_run_that_meets_a_nan_leaves_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, averaged: bool
+) -> None:
+    def fail_in_its_folder(options: Options, run_dir: str, **words: object) -> None:
+        Path(run_dir).mkdir()
+        raise NotFinite("step 2: site 'z': NaN")
+
+    def fail_without_a_folder(options: Options, run_dir: Path) -> None:
+        raise NotFinite("step 2: site 'z': NaN")
+
+    monkeypatch.setattr(run, "train_run", fail_in_its_folder)
+    monkeypatch.setattr(run, "_train_averaged", fail_without_a_folder)
+    run.train_planned(plan.Planned("a", Options(), averaged=averaged), tmp_path)
+    assert runs.read_json(tmp_path / "a" / FAILURE) == {"error": "step 2: site 'z': NaN"}
+    assert run.is_finished(tmp_path / "a")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from ppl_vae import data, runs
 from ppl_vae.conditional import Conditional
@@ -31,7 +32,7 @@ from ppl_vae.runs.build import is_autoencoder
 from ppl_vae.runs.load import load
 from ppl_vae.runs.open import Run
 from ppl_vae.runs.options import format_flag
-from ppl_vae.runs.results import Diagnosis, is_evaluated, read_evaluation, to_json
+from ppl_vae.runs.results import Diagnosis, read_evaluation, to_json
 from ppl_vae.runtime.global_state import seeded
 
 HalfArray = npt.NDArray[np.float16]
@@ -56,7 +57,7 @@ def make_page(run: Run, step: int, diagnosis: Diagnosis | None, *, split: str) -
     except ValueError as error:
         explorer = Text(text.NO_EXPLORER.format(reason=make_sentence(str(error))))
     blocks: dict[str, Sequence[Block]] = {
-        "likelihood": _likelihood(run),
+        "likelihood": _likelihood(run, step),
         "verdicts": _verdicts(run, diagnosis, split),
         "explore": [explorer],
         "figures": _pictures(run, figure_names(run)),
@@ -79,10 +80,10 @@ def _setup(run: Run, step: int) -> list[Block]:
     return [Text(text.describe_setup(run, step)), Table(["option", "value"], rows, text.OPTIONS_CAPTION)]
 
 
-def _likelihood(run: Run) -> list[Block]:
+def _likelihood(run: Run, step: int) -> list[Block]:
     """The evaluation: its numbers, how they were measured, and how far to trust them."""
-    entry = read_evaluation(run.folder) if is_evaluated(run.folder) else None
-    if entry is None:
+    entry = read_evaluation(run.folder)
+    if entry is None or entry.step != step:
         return [Text(text.describe_missing_evaluation(run))]
     keys = ("reconstruction",) if entry.log_likelihood is None else tuple(text.EVALUATION_ROWS)
     rows = [
@@ -172,7 +173,7 @@ _LINKS: dict[type, Link] = {
 
 
 class DecoderWeights(NamedTuple):
-    """E[x | z] = link(W_n a(... a(W_1 z + b_1)) + b_n), one feature a pixel of an image (C, H, W), C = 1 or 3."""
+    """E[x | z] = link(W_n a(... a(W_1 z + b_1)) + b_n), one feature per pixel of an image (C, H, W), C = 1 or 3."""
 
     layers: tuple[Layer, ...]
     event_shape: tuple[int, int, int]
@@ -196,11 +197,11 @@ class DecoderWeights(NamedTuple):
         }
 
 
-def decoder_weights(likelihood: Conditional) -> DecoderWeights:
+def decoder_weights(likelihood: Callable[[Tensor], Distribution]) -> DecoderWeights:
     """The decoder p(x | z) = family(net(z)) in half precision, with the features that its mean needs.
 
     Args:
-        likelihood: A dense network over the latents, with a likelihood whose mean is a function of one feature a pixel.
+        likelihood: A dense network, and a likelihood whose mean is a function of one feature per pixel.
 
     Raises:
         ValueError: A decoder that a page cannot draw, with the reason.
@@ -213,7 +214,7 @@ def decoder_weights(likelihood: Conditional) -> DecoderWeights:
     link = _LINKS.get(type(family))
     if link is None:
         raise ValueError(
-            f"decoder: a page can draw likelihoods whose mean is a function of one feature a pixel, got "
+            f"decoder: a page can draw likelihoods whose mean is a function of one feature per pixel, got "
             f"{type(family).__name__}"
         )
     if isinstance(unit := getattr(family, "unit", None), Tensor):
@@ -320,8 +321,6 @@ def make_explorer(run: Run) -> Explorer:
         ValueError: A decoder that a page cannot draw, with the reason.
     """
     vae = load(run.folder)
-    if not isinstance(vae.likelihood, Conditional):
-        raise ValueError("decoder: a page can draw dense networks that end in a likelihood, got a program of its own")
     decoder = decoder_weights(vae.likelihood)
     if decoder.latent_dim < 2:
         raise ValueError("decoder: a page shows a plane of two latents, got one latent")

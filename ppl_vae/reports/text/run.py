@@ -190,7 +190,9 @@ def make_card(run: Run, evaluations: Mapping[str, object], *, step: int, figures
     if figures:
         pictures = [f"![{Path(name).stem.replace('_', ' ')}]({runs.FIGURES}/{name})" for name in figures]
         sections.append("## Figures\n\n" + "\n\n".join(pictures))
-    sections.append("## License\n\nNot said yet: fill in the license of these weights, which the data's may bind.")
+    sections.append(
+        "## License\n\nNot chosen yet: fill in the license of these weights. The license of the data may restrict it."
+    )
     return "\n\n".join(sections) + "\n"
 
 
@@ -271,9 +273,7 @@ def _describe_data(run: Run) -> str:
     options, splits = run.options, run.splits
     protocol = f"the {options.protocol} protocol"
     if options.dataset not in data.DATASETS:
-        protocol = (
-            "as the data names them; what it lacks is a tenth of the training images each, by a fixed permutation"
-        )
+        protocol = "as in the data; a missing validation or test split is a tenth of the training images, permuted once"
     if options.image_size is not None:
         size = "x".join(str(n) for n in (options.image_size[0], options.image_size[-1]))
         protocol += f". Images were brought to {size} ({options.fit})"
@@ -319,8 +319,9 @@ def describe_export(run: Run, folder: Path, entries: Mapping[str, object], figur
     lines = [
         f"Exported to {folder}: load({str(folder)!r}) makes the model of it. {CARD} is its model card: read it,",
         "  and fill in the license. No option of the training and no path of this machine is in the folder.",
-        f"Trained: {describe_epochs(run)}.",
     ]
+    if not is_export(runs.read_json(run.folder / runs.CONFIG)):
+        lines.append(f"Trained: {describe_epochs(run)}.")
     if not entries:
         lines.append("There is no evaluation of these weights; ppl-vae evaluate makes one.")
     if "reconstructions.png" in figures:

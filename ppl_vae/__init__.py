@@ -3,7 +3,6 @@
 Every name below is imported when it is first used, so that a script's ``--help`` needs no torch.
 ``ppl_vae.estimator``, which needs scikit-learn, is imported by its own name alone.
 """
-# ruff: noqa: F401 (the imports are for type checkers)
 
 from __future__ import annotations
 
@@ -36,7 +35,26 @@ _HOME = {name: module for module, names in _NAMES.items() for name in names.spli
 _PARTS = ("parts.likelihoods", "parts.networks", "parts.posteriors", "parts.priors")
 _MODULES = {place.rpartition(".")[2]: place for place in ("data", "evidence.missing", "objectives", "runs", *_PARTS)}
 
-__all__ = sorted([*_HOME, *_MODULES])
+__all__ = [
+    "VAE",
+    "Conditional",
+    "Estimate",
+    "data",
+    "dequantized",
+    "fit",
+    "importance",
+    "likelihoods",
+    "load",
+    "log_evidence",
+    "log_weights",
+    "missing",
+    "networks",
+    "objectives",
+    "posteriors",
+    "priors",
+    "runs",
+    "save",
+]
 
 
 def __getattr__(name: str) -> object:
@@ -48,4 +66,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return sorted(__all__)

@@ -216,3 +216,9 @@ def test_an_unpickling_is_seen(line: str) -> None:
 @pytest.mark.parametrize("line", ["np.load(path, allow_pickle=False)", "vae.eval()", "json.loads(text)"])
 def test_safe_reading_is_allowed(line: str) -> None:
     assert unpicklings(ast.parse(line)) == []
+
+
+def test_the_packages_list_of_names_is_that_of_its_tables():
+    import ppl_vae
+
+    assert set(ppl_vae.__all__) == {*ppl_vae._HOME, *ppl_vae._MODULES}

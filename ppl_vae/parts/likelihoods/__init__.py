@@ -14,7 +14,6 @@ Each class has
 
 Features come plane by plane: the first of every pixel, then the second.
 """
-# ruff: noqa: F401 (the public names of the room)
 
 from ppl_vae.parts.likelihoods.counts import Bernoulli, NegativeBinomial, Poisson
 from ppl_vae.parts.likelihoods.independent import fit_independent_pixels
@@ -22,3 +21,25 @@ from ppl_vae.parts.likelihoods.levels import Binomial, Categorical, DiscretizedL
 from ppl_vae.parts.likelihoods.mixture import DiscretizedLogisticMixture
 from ppl_vae.parts.likelihoods.real import Laplace, Normal, NormalFixed, NormalOptimal, NormalPerPixel, StudentT
 from ppl_vae.parts.likelihoods.unit_interval import Beta, ContinuousBernoulli, Logit, LogitNormal, has_quantiles
+
+__all__ = [
+    "Bernoulli",
+    "Beta",
+    "Binomial",
+    "Categorical",
+    "ContinuousBernoulli",
+    "DiscretizedLogistic",
+    "DiscretizedLogisticMixture",
+    "Laplace",
+    "Logit",
+    "LogitNormal",
+    "NegativeBinomial",
+    "Normal",
+    "NormalFixed",
+    "NormalOptimal",
+    "NormalPerPixel",
+    "Poisson",
+    "StudentT",
+    "fit_independent_pixels",
+    "has_quantiles",
+]

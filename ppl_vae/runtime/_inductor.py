@@ -115,12 +115,12 @@ def busy_compiler(device: torch.device) -> Iterator[None]:
         return define(self, name, body, *rest, **named)
 
     def compile_headers() -> None:
-        with config.patch(_options()), suppress(Exception):  # what fails here fails again, and is reported, later
+        with suppress(Exception):  # what fails here fails again, and is reported, later
             compiler.cpp_pybinding([], 'extern "C" void kernel() {}')
 
-    if device.type == "cpu":
-        Thread(target=copy_context().run, args=[compile_headers], daemon=True).start()
-    with patch.object(PythonWrapperCodegen, "define_kernel", define_and_start):
+    with config.patch(_options()), patch.object(PythonWrapperCodegen, "define_kernel", define_and_start):
+        if device.type == "cpu":  # the thread sets no option itself: torch 2.8 has one set for all threads
+            Thread(target=copy_context().run, args=[compile_headers], daemon=True).start()
         yield
 
 

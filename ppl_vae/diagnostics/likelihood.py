@@ -122,7 +122,7 @@ def whiten_scores(family: Likelihood, x: Tensor, *, features: Tensor | None = No
         raise ValueError(f"x: expected at least two images, got {len(x)}")
     copied = copy.deepcopy(family).double()
     h = (copied.fit_marginals(x) if features is None else features).double()
-    passes = x.split(images_per_pass(x.double()[:1], family))
+    passes = x.split(images_per_pass(x[:1].double(), family))
     scores, curvatures = zip(*(_derive_scores(copied, h, group.double()) for group in passes), strict=True)
     score = torch.cat(scores)
     curvature = sum((part.sum(0) for part in curvatures), torch.zeros_like(score[0])) / len(x)

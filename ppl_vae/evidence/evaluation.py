@@ -88,7 +88,7 @@ def evaluate(
         check: Whether Pyro validates values, with ``compile`` those of the first image alone.
         compile: Whether the log-weights of a pass are one compiled graph, which agrees up to rounding.
         on_compiled: Called with the seconds that compiling took.
-        progress, done, on_block, should_stop: As in ``blocks.compute_blocks``, with the columns of ``Importance``,
+        progress, done, on_block, should_stop: As in ``batching.compute_blocks``, with the columns of ``Importance``,
             (n, 9).
         say: Called with a message where memory runs out.
 

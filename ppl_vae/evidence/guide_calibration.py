@@ -287,10 +287,10 @@ class GuideCalibration:
     """The judgment on the ranks, by quantity: each latent, and last log p(x, z).
 
     Args:
-        p_value: Of all quantities together being uniform. Below 0.01 the guide is not the posterior.
+        p_value: Of the hypothesis that all quantities are uniform. Below 0.01 the guide is not the posterior.
         p_values: (L + 1,) of each quantity by itself.
         adjusted_p_values: (L + 1,) with Holm's correction.
-        shape: Of the L latents, or None for a single draw.
+        shape: The normals that would explain the ranks of the L latents; None for a single draw.
         mean_joint_rank: The mean of (R + 1/2) / (M + 1) of log p(x, z): 1/2 where it is uniform.
         words: (L + 1,) what is wrong with each, or "calibrated".
         verdict: The judgment in one line.

@@ -189,13 +189,14 @@ class FreeBits(DifferentiableLoss):
         """The loss of the images x, (B, *E): a 0-d tensor, nats."""
         p, q = self._get_trace(model, guide, (x,), {})
         check_guide(q)
-        of_model, of_guide = ([name for name in trace.nodes if name in latent_sites(p)] for trace in (p, q))
+        latents = latent_sites(p)
+        of_model, of_guide = ([name for name in trace.nodes if name in latents] for trace in (p, q))
         if of_model != of_guide:
             # E_q[log q(z_1 | x) - log p(z_1 | z_2)] is the mean of a KL only if z_2 does not depend on z_1.
             raise ValueError(f"guide: expected latent sites in the model's order {of_model}, got {of_guide}")
         p.compute_log_prob(lambda name, site: site["is_observed"])
         reconstruction = torch.stack([p.nodes[name]["log_prob_sum"] for name in p.observation_nodes]).sum()
-        kl = torch.stack([_free_kl(name, q, p, self.free_nats) for name in latent_sites(p)]).sum()
+        kl = torch.stack([_free_kl(name, q, p, self.free_nats) for name in latents]).sum()
         return len(x) * kl - reconstruction / self.num_particles
 
 

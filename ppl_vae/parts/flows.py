@@ -22,6 +22,7 @@ from ppl_vae.runtime.numerics import bounded
 MAX_LOG_SCALE = 2.0  # of one affine layer: a factor between 0.14 and 7.4
 MAX_INPUT = 10.0  # of a coupling's network, in the unit of the base's scale
 SPLINE_BOUND = 5.0
+SPLINE_BINS = 8
 _LEAST_SHARE = 1e-3  # of a spline's interval that a bin takes, and the least slope at a knot
 
 
@@ -136,8 +137,8 @@ def affine_coupling(dim: int, *, hidden: Widths) -> Coupling:
     return Coupling(dim, univariate=affine, num_features=2, hidden=hidden)
 
 
-def spline_coupling(dim: int, *, hidden: Widths, bins: int = 8) -> Coupling:
-    """b goes through splines with ``bins`` bins. Arguments and errors as ``Coupling``.
+def spline_coupling(dim: int, *, hidden: Widths) -> Coupling:
+    """b goes through splines with eight bins. Arguments and errors as ``Coupling``.
 
     The spline is evaluated directly for the density; drawing solves a quadratic equation.
     """
@@ -145,7 +146,7 @@ def spline_coupling(dim: int, *, hidden: Widths, bins: int = 8) -> Coupling:
     def inverted(u: Tensor, h: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         return spline(u, h, not inverse)
 
-    return Coupling(dim, univariate=inverted, num_features=3 * bins - 1, hidden=hidden)
+    return Coupling(dim, univariate=inverted, num_features=3 * SPLINE_BINS - 1, hidden=hidden)
 
 
 def spline(x: Tensor, h: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:

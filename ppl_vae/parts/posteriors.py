@@ -16,13 +16,12 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, MultivariateNormal, Normal, constraints, register_kl
 from torch.nn.functional import softplus
 
-from ppl_vae.parts.flows import Autoregressive, affine, spline
+from ppl_vae.parts.flows import SPLINE_BINS, Autoregressive, affine, spline
 from ppl_vae.runtime.errors import Widths, check_count
 from ppl_vae.runtime.numerics import bounded
 
 # |log scale| never exceeds this: scales lie between 0.0009 and 1,097.
 MAX_LOG_SCALE = 7.0
-_SPLINE_BINS = 8
 
 
 def bounded_log_scale(h: Tensor) -> Tensor:
@@ -324,7 +323,7 @@ def spline_flow(
     latent_dim = check_count("latent_dim", latent_dim)
     bits = [index // 2 % max(1, (latent_dim - 1).bit_length()) for index in range(num_layers)]
     halves = [[(latent >> bit & 1) ^ (i % 2) for latent in range(latent_dim)] for i, bit in enumerate(bits)]
-    F = 3 * _SPLINE_BINS - 1
+    F = 3 * SPLINE_BINS - 1
     layer = partial(Autoregressive, univariate=spline, num_features=F, context_dim=context_dim, hidden=hidden)
     return FlowPosterior(latent_dim, map(layer, halves), context_dim=context_dim, log_scale=log_scale)
 

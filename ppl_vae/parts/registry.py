@@ -101,7 +101,7 @@ COUPLINGS = {
 SCALE_MAPS = {
     "bounded": _part("parts.posteriors:bounded_log_scale", "exp(7 tanh(h / 7))"),
     "exp": _part("parts.posteriors:exponential_log_scale", "exp(h)"),
-    "softplus": _part("parts.posteriors:softplus_log_scale", "log(1 + exp(h))"),
+    "softplus": _part("parts.posteriors:softplus_log_scale", "log(1 + (e - 1) exp(h))"),
 }
 POSTERIOR_FLOWS = {
     "iaf": _part("parts.posteriors:inverse_autoregressive_flow", "inverse autoregressive"),

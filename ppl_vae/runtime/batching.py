@@ -23,7 +23,6 @@ from torch.distributions import Distribution
 
 from ppl_vae.runtime import ranks as distributed
 from ppl_vae.runtime.errors import is_out_of_memory
-from ppl_vae.runtime.ranks import end_together
 
 Result = TypeVar("Result")
 
@@ -224,7 +223,8 @@ def compute_blocks(
     """Compute one row of numbers for each item; rank r of R computes the unfinished blocks r, r + R, ...
 
     Every rank calls this with the same items and returns all rows, bit for bit as one process computes them. It raises
-    Stopped if ``should_stop`` returned True before the last block, and ConnectionError if another rank met an error.
+    Stopped if ``should_stop`` returned True before the last block, ConnectionError if another rank met an error, and
+    ValueError if ``done`` does not fit these blocks.
 
     Args:
         compute: Takes the slice of a block's items and returns (n, F) float64; its noise depends on the slice alone.
@@ -249,7 +249,7 @@ def compute_blocks(
     while remaining:
         started = time.monotonic()
         current, remaining = remaining[: rounds * num_ranks], remaining[rounds * num_ranks :]
-        with end_together():
+        with distributed.end_together():
             computed = []
             for i in range(0, len(current), num_ranks):
                 blocks = current[i : i + num_ranks]
@@ -259,7 +259,7 @@ def compute_blocks(
                 if progress is not None:
                     progress(sum(block.stop - block.start for block in blocks))
         _exchange(table, current, computed)
-        with end_together():
+        with distributed.end_together():
             if on_block is not None:
                 for block in current:
                     on_block(block.start, table[block])

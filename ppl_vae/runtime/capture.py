@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from ppl_vae.runtime import _inductor
 from ppl_vae.runtime.errors import CannotCapture, first_line
-from ppl_vae.runtime.global_state import _Module
+from ppl_vae.runtime.global_state import Module
 
 aten = torch.ops.aten
 _is_capturing = False
@@ -106,9 +106,10 @@ def compile_function(
 
 
 def record_cuda_graph(run: Callable[[], Any], changing: Sequence[Tensor]) -> Callable[[], None]:
-    """Record the launches of ``run``, to be replayed as one; all that it changes, of any shape, is as before.
+    """Record the launches of ``run`` as one graph, and return the function that replays it.
 
-    What cannot be recorded, such as a copy to the host, raises CannotCapture.
+    The tensors ``changing``, of any shape, and the random state are restored afterwards. What cannot be recorded, such
+    as a copy to the host, raises CannotCapture.
     """
     device = changing[0].device
     with torch.cuda.device(device):
@@ -186,13 +187,13 @@ def _explain(error: BaseException | None) -> str:
     return first_line(error)
 
 
-def detach_tensors(module: _Module) -> dict[str, Tensor]:
+def detach_tensors(module: Module) -> dict[str, Tensor]:
     """The module's parameters and buffers by name, without gradients, in the same memory, of any shapes."""
     return {name: w.detach() for name, w in [*module.named_parameters(), *module.named_buffers()]}
 
 
 @contextmanager
-def replace_tensors(module: _Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+def replace_tensors(module: Module, values: Mapping[str, Tensor]) -> Iterator[None]:
     """Use these tensors as the module's parameters and buffers of these names, wherever it holds them.
 
     ``torch.func.functional_call`` does not restore a module that is registered twice, such as the posterior that a
@@ -217,7 +218,7 @@ def replace_tensors(module: _Module, values: Mapping[str, Tensor]) -> Iterator[N
 
 
 @contextmanager
-def refuse_new_buffers(module: _Module) -> Iterator[None]:
+def refuse_new_buffers(module: Module) -> Iterator[None]:
     """Raise CannotCapture if the block replaces a buffer of the module by another tensor, which a graph forgets."""
     before = dict(module.named_buffers())
     yield

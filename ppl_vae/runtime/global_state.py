@@ -31,17 +31,24 @@ def serialize_threads(*, gradients: bool = True) -> Iterator[None]:
         yield
 
 
-class _Module(Protocol):
-    """The methods of a ``torch.nn.Module`` that this room calls: a protocol, such as ``Program``, is no module."""
+class Module(Protocol):
+    """The methods of ``torch.nn.Module`` that are called here: a protocol cannot derive from that class."""
 
-    def modules(self) -> Iterator[nn.Module]: ...
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
-    def named_buffers(self) -> Iterator[tuple[str, Tensor]]: ...
-    def eval(self) -> object: ...
+    def modules(self) -> Iterator[nn.Module]:
+        """It and all its parts."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Its weights by name."""
+
+    def named_buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """Its other tensors by name."""
+
+    def eval(self) -> object:
+        """Put it into evaluation mode."""
 
 
 @contextmanager
-def evaluation_mode(module: _Module) -> Iterator[None]:
+def evaluation_mode(module: Module) -> Iterator[None]:
     """Put a module and its parts into evaluation mode, and each back into its own mode afterwards."""
     with serialize_threads():
         modes = [(part, part.training) for part in module.modules()]

@@ -71,7 +71,7 @@ def fit(
     The best weights have the highest validation ELBO, or L_S. With a deterministic guide (``posteriors.Delta``) and
     beta = 0 this trains a plain autoencoder, and the best weights have the highest reconstruction log p(x | z(x)).
 
-    If the likelihood has a method ``refit(h, x)``, every tenth step gives it a batch, to fit parameters in closed form.
+    If the likelihood's ``family`` has a method ``refit(h, x)``, every tenth step gives it a batch to fit.
     Values are checked against supports in the first epoch, or before it with ``compile`` or ``skip_norm``. Seed torch's
     global generator (``pyro.set_rng_seed``) before the program is built: its weights and all noise come from there.
 

@@ -218,7 +218,7 @@ class CapturedSteps(_Steps):
             averages=state.averages,
         )
         self.compile_seconds = self._step.compile_seconds
-        self._started = self._settled = state.step  # where ``taken`` starts to count, and where ``_recent`` begins
+        self._started = state.step  # where ``taken`` starts to count
         self._recent: list[tuple[Tensor, float]] = []
 
     def _begin(self, schedule: Sequence[StepValues]) -> None:
@@ -254,9 +254,9 @@ class CapturedSteps(_Steps):
     def _check(self) -> None:
         """Raise NotFinite if a step was not finite; from that step on the graph changed nothing."""
         if not self._step.is_finite:
+            first = self._state.step - len(self._recent)  # the step of the first batch in ``_recent``
             self._state.step = self._started + int(self._step.taken)
-            index, beta = self._recent[self._state.step - self._settled]
+            index, beta = self._recent[self._state.step - first]
             x = self._transform(self._source.images(index), None)
             raise NotFinite(find_not_finite(self._state, self._objective, x, beta))
-        self._settled += len(self._recent)
         self._recent.clear()

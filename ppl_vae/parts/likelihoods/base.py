@@ -93,29 +93,29 @@ class Pixel(dist.TorchDistribution):
 # --- Marginals: each pixel's statistics over the images, and a fit ---
 
 
-def mean_logs(x: Tensor, *, chunk: int = 1000) -> tuple[Tensor, Tensor]:
+def mean_logs(x: Tensor) -> tuple[Tensor, Tensor]:
     """mean_n log x_nd and mean_n log(1 - x_nd). x: (N, *E), strictly inside (0, 1) -> (prod(E),) and (prod(E),)."""
-    parts = x.flatten(1).split(chunk)
+    parts = x.flatten(1).split(1000)
     log_x = sum(part.log().sum(0, dtype=torch.double) for part in parts)
     log_rest = sum(torch.log1p(-part).sum(0, dtype=torch.double) for part in parts)
     return torch.as_tensor(log_x / len(x)), torch.as_tensor(log_rest / len(x))
 
 
-def level_counts(x: Tensor, *, chunk: int = 1000) -> Tensor:
+def level_counts(x: Tensor) -> Tensor:
     """How many images have level v at pixel d. x: (N, *E), levels -> (prod(E), 256), float64."""
     x = x.flatten(1)
     D = x.shape[1]
     offset = NUM_LEVELS * torch.arange(D, device=x.device)
     counts = torch.zeros(D * NUM_LEVELS, dtype=torch.double, device=x.device)
-    for part in x.split(chunk):
+    for part in x.split(1000):
         counts += (part.long() + offset).flatten().bincount(minlength=D * NUM_LEVELS)
     return counts.reshape(D, NUM_LEVELS)
 
 
-def median_and_deviation(x: Tensor, *, chunk: int = 64) -> tuple[Tensor, Tensor]:
+def median_and_deviation(x: Tensor) -> tuple[Tensor, Tensor]:
     """median_n x_nd and mean_n |x_nd - median_n x_nd|. x: (N, *E) -> (prod(E),) and (prod(E),), float64."""
     medians, deviations = [], []
-    for columns in x.flatten(1).split(chunk, dim=1):
+    for columns in x.flatten(1).split(64, dim=1):
         part = columns.T.contiguous()
         medians.append(part.median(dim=1, keepdim=True).values)
         deviations.append(part.sub(medians[-1]).abs().mean(1, dtype=torch.double))
@@ -123,14 +123,14 @@ def median_and_deviation(x: Tensor, *, chunk: int = 64) -> tuple[Tensor, Tensor]
 
 
 @torch.enable_grad()
-def ascend(log_p: Callable[[Tensor], Tensor], start: Tensor, *, steps: int = 60, rate: float = 0.3) -> Tensor:
+def ascend(log_p: Callable[[Tensor], Tensor], start: Tensor, *, steps: int = 60) -> Tensor:
     """A maximum of log_p near ``start`` for each pixel, (F, D), without gradients, by Adam with a cosine schedule.
 
     log_p maps features (F, D) of D pixels to (D,) nats, those of a pixel by its own features alone. A pixel that is not
     better for it keeps its start.
     """
     h = start.detach().clone().requires_grad_()
-    optimizer = torch.optim.Adam([h], lr=rate)
+    optimizer = torch.optim.Adam([h], lr=0.3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
         optimizer.zero_grad()

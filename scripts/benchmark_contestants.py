@@ -191,7 +191,7 @@ def pytorch_eager(task: Task, *, fused: bool) -> Steps:
 def pytorch_whole_step(task: Task, *, bf16: bool = False) -> Steps:
     """Gather, loss, gradient and Adam, written as one function for torch.compile; in bf16, under autocast.
 
-    ``fullgraph`` makes a graph break an error. Of what else inductor offers, a wrapper in C++ was the fastest on CPUs.
+    ``fullgraph`` makes a graph break an error. Inductor's wrapper in C++ was its fastest option on CPUs.
     """
     torch._dynamo.reset()  # the function below is compiled anew for each task
     loss_of = Loss(task)

@@ -11,7 +11,7 @@ from dataclasses import MISSING
 from pathlib import Path
 from typing import Any
 
-from benchmark import likelihood_table, table
+from benchmark import CAPTURED, COMPILED, REFERENCE, likelihood_table, table
 
 from ppl_vae.commands.cli import build_parser, iterate_fields
 from ppl_vae.commands.options import COMMANDS
@@ -209,9 +209,8 @@ def speed_training() -> str:
 
 
 def speed_short() -> str:
-    """For README: five ways to take the step."""
-    names = ["PyTorch, eager, default Adam", "PyTorch, whole step compiled", "ppl_vae, captured", "Pyro's example loop"]
-    names.insert(3, "NumPyro, fori_loop")
+    """For README: six ways to take the step."""
+    names = [REFERENCE, COMPILED, CAPTURED, "NumPyro, fori_loop", "NumPyro, jitted steps", "Pyro's example loop"]
     found = stored("benchmark")["training"]
     kept = {model: {name: records[name] for name in names if name in records} for model, records in found.items()}
     return "\n".join(table("training", kept, "ratio"))
@@ -220,11 +219,12 @@ def speed_short() -> str:
 def speed_compiling() -> str:
     """Seconds to the end of the first step: with an empty cache, and with a filled one in brackets."""
     found = stored("benchmark")["training"]
-    names = [name for name, record in next(iter(found.values())).items() if "first_again_seconds" in record]
     rows = []
-    for name in names:
-        records = [found[model][name] for model in found]
-        rows.append([name, *(f"{r['first_seconds']:.1f} ({r['first_again_seconds']:.1f})" for r in records)])
+    for name in (COMPILED, CAPTURED):
+        records = [found[model].get(name) for model in found]
+        rows.append(
+            [name, *(f"{r['first_seconds']:.1f} ({r['first_again_seconds']:.1f})" if r else "–" for r in records)]
+        )
     return markdown(["first step", *found], rows)
 
 

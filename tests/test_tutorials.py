@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -93,7 +94,6 @@ def test_a_notebook_holds_its_outputs_without_errors_warnings_or_places(name):
 
 @pytest.mark.parametrize("name", STATED)
 def test_a_notebook_has_the_format_of_notebooks(name):
-    nbformat = pytest.importorskip("nbformat", reason="the extra tutorials is not installed")
     nbformat.validate(nbformat.read(FOLDER / f"{name}.ipynb", as_version=4))
 
 

@@ -3,9 +3,9 @@
 Every split, draw and subset comes from a constant, never from a run's seed, so that two runs are measured on the same
 images. Only the iwae protocol draws its test images from the seed of an evaluation.
 
-Words that say which data is read and how stand here. Other names are imported when they are first used, so that the
-words need no torch. A new data set takes a reader, a function ``(data_dir, *, download) -> Splits``, and a line in
-``DATASETS``.
+This file holds the words that choose a data set and how it is read. Other names are imported when they are first used,
+so that these words need no torch. A new data set needs a reader, a function ``(data_dir, *, download) -> Splits``, and
+a line in ``DATASETS``.
 """
 # ruff: noqa: F403, F405 (the imports are for type checkers)
 

@@ -77,7 +77,7 @@ class Splits:
             seen += f"; {num_classes:,} class" + "es" * (num_classes != 1)
         if self.unreadable:
             files = pluralize(len(self.unreadable), "file")
-            seen += f"\n{self.name}: {files} could not be read and left out: {abbreviate(self.unreadable)}"
+            seen += f"\n{self.name}: {files} could not be read and were left out: {abbreviate(self.unreadable)}"
         return "\n".join([seen, *(f"{self.name}: {note}" for note in self.notes)])
 
     def _range(self) -> str:

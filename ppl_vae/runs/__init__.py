@@ -3,7 +3,7 @@
 What needs torch is imported when it is first used, so that ``ppl_vae.runs.options`` needs none.
 """
 
-# ruff: noqa: F401  (names of this room)
+# ruff: noqa: F401  (these are the public names)
 
 from __future__ import annotations
 

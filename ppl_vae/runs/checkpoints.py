@@ -56,7 +56,7 @@ def load_tensors(path: Path, *, header_only: bool = False) -> tuple[dict[str, Te
             ) from None
         if error.errno == errno.EISDIR:
             raise ValueError(f"{path}: damaged: expected a file, got a folder") from None
-        # Also safetensors' own, which have no number and tell of any as missing.
+        # Safetensors' own errors come here too: they have no errno, and call every unreadable file missing.
         raise add_file_name(error, path) from None
     except (SafetensorError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: damaged: {error}") from None

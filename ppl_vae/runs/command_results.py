@@ -126,7 +126,7 @@ class ImageScore:
 
 @dataclass(frozen=True, kw_only=True)
 class GivenImages(Provenance):
-    """What every result about a person's images says of them."""
+    """The fields that all results about given images share."""
 
     images: str  # the split, or the path of the images
     num_images: int

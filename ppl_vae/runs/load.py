@@ -55,7 +55,7 @@ def is_export(config: Mapping[str, object]) -> bool:
 def read_options(config: Mapping[str, object]) -> Options:
     """The options in the ``config.json`` of a run, or of an export, which has defaults for those of training.
 
-    Raises KeyError where there are none, and ValueError for an option that is missing, unknown or out of its range.
+    Raises KeyError where there are none, and ValueError for an option that is unknown or out of its range.
     """
     exported = is_export(config)
     if exported and config["format"] != _EXPORT_FORMAT:

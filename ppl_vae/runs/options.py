@@ -210,7 +210,7 @@ class Options(CheckedOptions):
     latent_dim: int = option(40, "dimensions of z", WIDTH, "model")
     prior: str | None = option(
         None,
-        "p(z) (default: flow; standard-normal with an analytic KL, a delta posterior or one latent)",
+        "p(z) (default: flow; standard-normal with an analytic KL, free bits, a delta posterior or one latent)",
         parts.PRIORS,
         "model",
     )
@@ -249,7 +249,7 @@ class Options(CheckedOptions):
     )
     warmup_epochs: int | None = option(
         None,
-        "epochs in which that weight rises from 0 (default: 0.3 of the epochs, at most 15)",
+        "epochs in which that weight rises from 0 (default: 0.3 of the epochs, at most 15; 0 with --start-from)",
         NON_NEGATIVE_INTEGER,
         "objective",
     )
@@ -278,7 +278,7 @@ class Options(CheckedOptions):
     )
     keep: str | None = _rare(
         None,
-        "weights that are kept: best by validation, or last (default: best; last where beta is not 1)",
+        "weights that are kept: best by validation, or last (default: best; last if beta is not 1, except for delta)",
         ("best", "last"),
         "optimization",
     )

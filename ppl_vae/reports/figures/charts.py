@@ -133,7 +133,7 @@ def bound_by_particles(sizes: Sequence[int], bounds: Tensor, *, title: str) -> F
         axes.set_xscale("log")
         axes.set_xticks(sizes, [f"{s:,}" for s in sizes], fontsize=8)
         axes.minorticks_off()
-        axes.set_xlabel("s, importance samples an image")
+        axes.set_xlabel("s, importance samples per image")
     elbo = float(bounds[0].mean())
     left.axhline(elbo, color="tab:gray", linestyle="--", label=f"ELBO, s = 1: {elbo:.2f}")
     left.legend(fontsize=8)

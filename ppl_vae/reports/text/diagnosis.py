@@ -164,7 +164,7 @@ def _describe_pictures(numbers: Measurements) -> list[str]:
             f"{plus_minus(blur.at_draw, 3)} at a draw, {plus_minus(blur.averaged, 3)} averaged over draws"
         )
         lines.append(
-            f"squared error a pixel {plus_minus(blur.error, 5)} = posterior noise "
+            f"squared error per pixel {plus_minus(blur.error, 5)} = posterior noise "
             f"{plus_minus(blur.posterior_noise, 5)} + the rest {plus_minus(blur.bias, 5)}"
         )
     return ["; ".join(parts), *lines]

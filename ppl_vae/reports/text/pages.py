@@ -150,7 +150,9 @@ def page_title(run: Run) -> str:
 def describe_setup(run: Run, step: int) -> str:
     """The data of a run, and where its weights are from."""
     words = f"{run.splits.describe()}\n\nThe weights are those of step {step:,}; its folder is `{run.folder}`."
-    return words + (" Its training is elsewhere: in Python, or before it was shipped." if run.from_python else "")
+    return words + (
+        " It was trained from Python, or shipped with the package, and cannot be resumed." if run.from_python else ""
+    )
 
 
 def describe_missing_evaluation(run: Run) -> str:
@@ -178,7 +180,7 @@ EVALUATION_ROWS = {
     "log_likelihood": "a lower bound on log p(x), tighter with more importance samples: the number to compare by",
     "elbo": "the bound of one sample, which training maximizes at beta = 1: reconstruction minus KL",
     "reconstruction": "log p(x | z) with z drawn from the guide: how well the code's image fits",
-    "kl": "KL(q(z | x) || p(z)): what the code costs, more than which it cannot tell of the image",
+    "kl": "KL(q(z | x) || p(z)): what the code costs: an upper bound on what it tells about the image, on average",
 }
 
 

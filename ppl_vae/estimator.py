@@ -83,7 +83,7 @@ class VAEDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
 
     Args:
         likelihood: A word of ``--likelihood``, or None for the default of that kind of data.
-        network, hidden, latent_dim, prior, posterior, objective: As on the command line of train_svi.py. hidden is one
+        network, hidden, latent_dim, prior, posterior, objective: As on the command line of ppl-vae train. hidden is one
             width or several. None takes the network's default for hidden, and the prior's for objective.
         epochs: Passes through X; None takes as many as make about 1,000 steps, from 10 to 500.
         batch_size, learning_rate, beta, average_decay: As on the command line.

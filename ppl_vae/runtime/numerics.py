@@ -1,4 +1,4 @@
-"""Statistics of log-weights (log-mean-exp, effective sample size, Pareto k-hat, jackknife), and of images."""
+"""Statistics of log-weights (log-mean-exp, effective sample size, Pareto k-hat) and of images; special functions."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ OTHERS = {
     "moments.encode": lambda vae, x: moments.encode(vae, x),
     "pictures.decode_plane": lambda vae, x: pictures.decode_plane(vae, torch.zeros(2, 2).to(x)),
     "pictures.decode_traversals": lambda vae, x: pictures.decode_traversals(
-        vae, torch.zeros(2).to(x), [0], torch.zeros(1).to(x)
+        vae, torch.zeros(2).to(x), torch.ones(1, 2).to(x), torch.zeros(1).to(x)
     ),
     "fit": lambda vae, x: fit_vae(vae, x, epochs=1, batch_size=2),
     "guide_calibration.compute_ranks": lambda vae, x: guide_calibration.compute_ranks(

@@ -1,16 +1,17 @@
-"""Variation and sharpness of reconstructions, what blurs them, and the images along the latents that matter."""
+"""Variation and sharpness of reconstructions, what blurs them, and the images along codes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, Normal, kl_divergence
+from torch.nn.functional import pad
 
-from ppl_vae.diagnostics.latents import ACTIVE_VARIANCE, active_units
+from ppl_vae.diagnostics.latents import active_units
 from ppl_vae.evidence.estimate import Estimate, ratio_of_means
 from ppl_vae.evidence.moments import (
     PRIOR_DRAWS,
@@ -184,17 +185,55 @@ def _measure_pass(vae: LatentModel, x: Tensor, truth: Tensor, draws: int) -> tup
 # --- Images along latents ---
 
 
-@serialize_threads(gradients=False)
-def decode_traversals(vae: LatentModel, z: Tensor, latents: Sequence[int], steps: Tensor) -> Tensor:
-    """E[x | z] as one latent at a time moves to m_l + t s_l, the prior's mean and scale, and the others stay.
+class PrincipalDirections(NamedTuple):
+    """Orthonormal directions v_k of codes, with the variances s_k^2 of the codes along them, the largest first.
 
-    z: (L,), latents: (R,) the ones to move, steps: (K,) the t -> (R, K, *E).
+    Args:
+        center: (L,) the mean of the codes.
+        directions: (K, L) v_k, with a positive largest entry.
+        scale: (K,) s_k.
+        share: (K,) s_k^2 / sum_l s_l^2, the share of the codes' variance.
     """
-    p = compute_moments(vae.prior())
-    moved = z.repeat(len(latents), len(steps), 1)
-    for row, latent in enumerate(latents):
-        moved[row, :, latent] = p.mean[latent] + steps * p.scale[latent]
-    return vae.likelihood(moved).mean
+
+    center: Tensor
+    directions: Tensor
+    scale: Tensor
+    share: Tensor
+
+    def project(self, z: Tensor) -> Tensor:
+        """v_k . (z - center): z (..., L) -> (..., K)."""
+        return (z - self.center) @ self.directions.T
+
+    def find_central(self, codes: Tensor) -> int:
+        """argmin_n sum_k (v_k . (z_n - center))^2 / s_k^2, the most central of the codes (N, L)."""
+        least = max(1e-6 * float(self.scale[0]), torch.finfo(codes.dtype).tiny)  # below it is the error of rounding
+        return int((self.project(codes) / self.scale.clamp(min=least)).square().sum(-1).argmin())
+
+
+def find_principal_directions(codes: Tensor, most: int, *, num_moved: int | None = None) -> PrincipalDirections:
+    """The eigenvectors v_k of cov(z_n) with the largest eigenvalues s_k^2, of codes z_n such as posterior means.
+
+    Args:
+        codes: (N, L).
+        most: K, or fewer if there are fewer codes or latents.
+        num_moved: Only the first so many latents are moved, such as those of the lowest layer; all by default.
+    """
+    center = codes.mean(0)
+    offsets = (codes - center)[:, :num_moved].double() / math.sqrt(len(codes))
+    _, scale, directions = torch.linalg.svd(offsets, full_matrices=False)
+    share = scale.square() / scale.square().sum().clamp(min=torch.finfo(torch.double).tiny)
+    directions = directions * directions.gather(1, directions.abs().argmax(1, keepdim=True)).sign()
+    directions = pad(directions, (0, codes.shape[1] - directions.shape[1]))
+    return PrincipalDirections(center, *(each[:most].to(codes) for each in (directions, scale, share)))
+
+
+@serialize_threads(gradients=False)
+def decode_traversals(vae: LatentModel, z: Tensor, moves: Tensor, steps: Tensor) -> Tensor:
+    """E[x | z + t m_r] for each move m_r and each step t.
+
+    z: (L,), moves: (R, L), steps: (K,) the t -> (R, K, *E).
+    """
+    return vae.likelihood(z + steps[:, None] * moves[:, None]).mean
 
 
 @serialize_threads(gradients=False)
@@ -226,33 +265,28 @@ def decode_plane(vae: LatentModel, grid: Tensor) -> Tensor:
 
 # --- Which latents to show ---
 
-_UNUSED_NATS = 0.01  # a latent with a smaller mean KL counts as unused. Source: ours
-
 
 @dataclass(frozen=True)
 class LatentUse:
     """How much each latent says about an image.
 
     Args:
-        values: (L,), above ``least`` for a latent that is used.
+        values: (L,).
         name: "mean KL" or "variance".
-        meaning: The values in words.
         unit: What follows a value, such as " nats".
-        least: The smallest value of a used latent.
     """
 
     values: Tensor
     name: str
-    meaning: str
     unit: str
-    least: float
 
 
 @torch.no_grad()
 def measure_latent_use(vae: LatentModel, x: Tensor, codes: PosteriorMoments) -> LatentUse:
     """The mean KL of each latent where guide and prior are products of normals, else the variance of E[z_l | x].
 
-    A latent of another guide or prior has no KL of its own in closed form. Under a deterministic guide it is infinite.
+    The variance is in variances of the prior, except under a deterministic guide, whose KL is infinite. A latent of
+    another guide or prior has no KL of its own in closed form.
 
     Args:
         vae: The VAE.
@@ -261,12 +295,9 @@ def measure_latent_use(vae: LatentModel, x: Tensor, codes: PosteriorMoments) -> 
     """
     prior = vae.prior()
     if bool((codes.scale == 0).any()):
-        values = codes.mean.var(0, correction=0)
-        return LatentUse(values, "variance", "the variance of z_l", "", ACTIVE_VARIANCE)
+        return LatentUse(codes.mean.var(0, correction=0), "variance", "")
     p = normal_factors(prior)
     if p is not None and normal_factors(vae.posterior(x[:1])) is not None:
         kl = kl_divergence(Normal(codes.mean, codes.scale), p).mean(0)
-        return LatentUse(kl, "mean KL", "KL(q(z_l | x) || p(z_l)), the mean", " nats", _UNUSED_NATS)
-    values = active_units(codes, compute_moments(prior).scale).mean
-    meaning = "the variance of E[z_l | x] in variances of the prior, taken"
-    return LatentUse(values, "variance", meaning, "", ACTIVE_VARIANCE)
+        return LatentUse(kl, "mean KL", " nats")
+    return LatentUse(active_units(codes, compute_moments(prior).scale).mean, "variance", "")

@@ -18,6 +18,7 @@ from ppl_vae.diagnostics.pictures import (
     LatentUse,
     decode_plane,
     decode_traversals,
+    find_principal_directions,
     latent_quantiles,
     measure_latent_use,
 )
@@ -44,10 +45,12 @@ from ppl_vae.runtime.global_state import seeded
 from ppl_vae.vae import VAE
 
 _FIGURE_SEED = 0
-_NUM_SHOWN = 10  # images in a row, latents in a column
+_NUM_SHOWN = 10  # images in a row, directions in a column
 _NUM_PAIRS = 5
 _NUM_SAMPLES = 64
-_NUM_STEPS = 11  # of a traversal: odd, so that the middle one is the prior's mean
+_NUM_STEPS = 11  # of a traversal: odd, so that the middle one is the reconstruction
+_REACH = 2.5  # standard deviations of the codes, to either side
+_LEAST_SHARE = 0.01  # of the codes' variance that a direction has, to be shown
 _MANIFOLD = 15
 _MOST_DRAWS = 12  # in or out of holes
 
@@ -197,20 +200,20 @@ def _interpolations(scene: _Scene) -> Figure:
 
 
 def _traversals(scene: _Scene) -> Figure:
-    """Draws the bottom layer's latents, each moved alone. The decoder may see no others."""
-    use, L = scene.use, scene.run.options.latent_dim
-    values = use.values[:L]
-    num_unused = int((values < use.least).sum())  # an unused latent moves nothing
-    most_used = values.argsort(descending=True)[: max(1, min(_NUM_SHOWN, L - num_unused))].tolist()
-    middle = _NUM_STEPS // 2
-    steps = 3 * torch.arange(-middle, middle + 1) / middle
-    place = int(scene.shown[0])
-    z = mean_or_draw(scene.vae.posterior(scene.x[place : place + 1]))[0]
-    images = decode_traversals(scene.vae, z, most_used, steps)
-    rows = {f"z{k}, {values[k]:.2f}{use.unit}": row for k, row in zip(most_used, images, strict=True)}
-    words = {"place": place, "use": use, "num_images": len(scene.encoded[0]), "num_unused": num_unused}
-    columns = [f"{t:.1f}" for t in steps]
-    return show_rows(scene.display, rows, "traversals", columns=columns, num_latents=L, **words)
+    """Moves the bottom layer alone, in a hierarchy: the decoder may see no other."""
+    index, codes = scene.encoded
+    found = find_principal_directions(codes.mean, _NUM_SHOWN, num_moved=scene.run.options.latent_dim)
+    kept = max(1, int((found.share >= _LEAST_SHARE).sum()))
+    start = found.find_central(codes.mean)
+    steps = _REACH * torch.linspace(-1, 1, _NUM_STEPS)
+    moves = found.scale[:kept, None] * found.directions[:kept]
+    images = decode_traversals(scene.vae, codes.mean[start], moves, steps)
+    original = torch.full_like(images[0], torch.nan)  # nothing, but for the middle
+    original[_NUM_STEPS // 2] = scene.x[index[start]]
+    rows = {"the image": original}
+    rows |= {f"direction {k + 1}, {found.share[k]:.0%}": row for k, row in enumerate(images)}
+    words = {"place": int(index[start]), "num_images": len(index)}
+    return show_rows(scene.display, rows, "traversals", columns=[f"{t:.1f}" for t in steps], **words)
 
 
 def _manifold(scene: _Scene) -> Figure:

@@ -13,7 +13,12 @@ import torch
 from oracles import LinearGaussian
 from torch.testing import assert_close
 
-from ppl_vae.diagnostics.pictures import decode_plane, decode_traversals, latent_quantiles
+from ppl_vae.diagnostics.pictures import (
+    decode_plane,
+    decode_traversals,
+    find_principal_directions,
+    latent_quantiles,
+)
 from ppl_vae.evidence.moments import compute_moments, encode
 
 
@@ -53,25 +58,50 @@ def test_moments_that_are_not_known_are_those_of_draws():
     assert ((estimated.scale - scale).abs() < 5 * scale / math.sqrt(400)).all()
 
 
-# --- What latents move ---
+# --- Principal directions, and what they move ---
 
 
-def test_a_traversal_moves_one_latent_and_keeps_the_others(oracle):
+def test_principal_directions_are_the_eigenvectors_of_the_covariance():
+    torch.manual_seed(0)
+    codes = torch.randn(200, 5, dtype=torch.double) @ torch.randn(5, 5, dtype=torch.double) + 3
+    found = find_principal_directions(codes, 3)
+    values, vectors = np.linalg.eigh(np.cov(codes.numpy(), rowvar=False, bias=True))
+    np.testing.assert_allclose(found.scale.square(), values[::-1][:3])
+    np.testing.assert_allclose(found.share, values[::-1][:3] / values.sum())
+    assert_close((found.directions * torch.tensor(vectors.T[::-1][:3].copy())).sum(1).abs(), torch.ones(3).double())
+    assert (found.directions.gather(1, found.directions.abs().argmax(1, keepdim=True)) > 0).all()
+    assert_close(found.project(codes).square().mean(0), found.scale.square())
+
+
+def test_only_the_latents_that_are_moved_have_a_part_in_directions():
+    codes = torch.randn(50, 5, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 2, 3, 100, 100])
+    found = find_principal_directions(codes, 10, num_moved=3)
+    assert found.directions.shape == (3, 5)
+    assert not found.directions[:, 3:].any()
+    assert_close(found.share.sum(), torch.tensor(1.0))
+
+
+def test_the_central_code_is_the_nearest_in_standard_deviations():
+    """Along the first direction the scale is 10, and along the second 1: a step of 2 there is farther than one of 5."""
+    codes = torch.tensor([[10.0, 0], [-10, 0], [0, 1], [0, -1]]).repeat(100, 1)
+    codes = torch.cat([codes, torch.tensor([[0.0, 1.5], [5.0, 0.0]])])
+    assert find_principal_directions(codes, 2).find_central(codes) == len(codes) - 1
+
+
+@pytest.mark.parametrize("codes", [torch.full((7, 3), 0.3), torch.randn(1, 3), torch.zeros(2, 1)], ids=len)
+def test_codes_that_do_not_vary_have_directions_that_move_nothing(codes):
+    found = find_principal_directions(codes, 4)
+    assert_close(found.scale, torch.zeros(len(found.scale)), atol=1e-6, rtol=0)
+    assert 0 <= found.find_central(codes) < len(codes)
+
+
+def test_a_traversal_adds_steps_of_each_move_to_the_code(oracle):
     z, steps = torch.tensor([0.3, -0.2, 1.1], dtype=torch.double), torch.tensor([-3.0, 0.0, 3.0], dtype=torch.double)
-    images = decode_traversals(oracle.vae(), z, [2, 0], steps)
-    for row, latent in enumerate((2, 0)):
-        for column, step in enumerate(steps):
-            moved = z.clone()
-            moved[latent] = step
-            assert_close(images[row, column], oracle.W @ moved + oracle.b)
-
-
-def test_a_traversal_is_in_scales_of_the_prior(oracle):
-    vae = oracle.vae()
-    loc, scale = torch.tensor([1.0, 2.0, 3.0]).double(), torch.tensor([0.5, 2.0, 1.0]).double()
-    vae.prior.loc, vae.prior.scale = loc, scale
-    images = decode_traversals(vae, torch.zeros(3).double(), [1], torch.tensor([-1.0, 2.0]).double())
-    assert_close(images[0], torch.stack([oracle.W[:, 1] * 0.0, oracle.W[:, 1] * 6.0]) + oracle.b)
+    moves = torch.randn(2, 3, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+    images = decode_traversals(oracle.vae(), z, moves, steps)
+    for row in range(2):
+        for column in range(3):
+            assert_close(images[row, column], oracle.W @ (z + steps[column] * moves[row]) + oracle.b)
 
 
 def test_quantiles_of_a_normal_prior_are_exact():

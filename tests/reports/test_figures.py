@@ -213,27 +213,41 @@ def test_the_bound_starts_at_the_elbo_and_ends_at_the_evaluations_bound(draw, fo
     assert last > first
 
 
-@pytest.fixture
-def kl(folder, run):
-    """(2,) nats of the run's latents."""
-    with torch.no_grad():
-        q = load(folder).posterior(run.splits.test.float())
-    return ((q.mean.square() + q.variance - 1 - q.variance.log()) / 2).mean(0)
-
-
-def rows(figure):
-    return [label.get_text().split(",")[0] for label in figure.axes[0].get_yticklabels()]
-
-
-@pytest.mark.parametrize("num_used", [0, 1, 2])
-def test_traversals_are_of_the_used_latents_but_of_one_at_least(draw, kl, num_used, monkeypatch):
-    above, below = kl.max().item(), kl.min().item()
-    threshold = {0: 2 * above, 1: (above + below) / 2, 2: below / 2}[num_used]
-    monkeypatch.setattr(pictures, "_UNUSED_NATS", threshold)
+def test_traversals_start_at_the_most_central_image_and_follow_the_spread_of_codes(draw, folder, run):
+    """The numbers of its titles, and the pixels in the middle of tiles, against NumPy's covariance."""
     figure = draw("traversals.png")
-    assert rows(figure) == [f"z{i}" for i in kl.argsort(descending=True).tolist()][: max(1, num_used)]
-    title = figure._suptitle.get_text()
-    assert f"unused latents, with a mean KL below {threshold} nats: {2 - num_used} of 2" in title
+    x = run.splits.test.float()
+    vae = load(folder)
+    with torch.no_grad():
+        codes = vae.posterior(x).mean
+    values, vectors = np.linalg.eigh(np.cov(codes.numpy(), rowvar=False, bias=True))
+    values, vectors = values[::-1], vectors.T[::-1]
+    place = int((((codes - codes.mean(0)).numpy() @ vectors.T) ** 2 / values).sum(1).argmin())
+    assert f"test image no. {place}," in figure._suptitle.get_text()
+    axes = figure.axes[0]
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert labels == ["the image", *(f"direction {k + 1}, {v / sum(values):.0%}" for k, v in enumerate(values))]
+    picture = axes.get_images()[0].get_array()
+    height, width = picture.shape[0] // 3, picture.shape[1] // 11
+
+    def tile(row, column):
+        shown = picture[row * height + 2 : (row + 1) * height - 2, column * width + 2 : (column + 1) * width - 2]
+        step = len(shown) // 8
+        return shown[step // 2 :: step, step // 2 :: step]
+
+    np.testing.assert_array_equal(tile(0, 5), x[place, 0])
+    for row, (value, vector) in enumerate(zip(values, vectors, strict=True), 1):
+        vector = vector * np.sign(vector[np.abs(vector).argmax()])
+        for column, t in ((0, -2.5), (5, 0.0), (10, 2.5)):
+            z = codes[place] + torch.tensor(t * math.sqrt(value) * vector, dtype=torch.float)
+            with torch.no_grad():
+                np.testing.assert_allclose(tile(row, column), vae.likelihood(z).mean[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("num_shown", [1, 2])
+def test_traversals_leave_out_directions_along_which_codes_hardly_vary(draw, num_shown, monkeypatch):
+    monkeypatch.setattr(figures, "_LEAST_SHARE", {1: 1.1, 2: 0.0}[num_shown])
+    assert len(draw("traversals.png").axes[0].get_yticklabels()) == 1 + num_shown
 
 
 def test_latents_under_a_prior_that_is_no_normal_are_ranked_by_their_variance_in_its_unit():

@@ -62,7 +62,7 @@ def normal(num_latents):
     return torch.distributions.Independent(torch.distributions.Normal(zeros, zeros + 1), 1)
 
 
-USE = LatentUse(torch.tensor([0.3, 0.2]), "variance", "", "", 0.01)
+USE = LatentUse(torch.tensor([0.3, 0.2]), "variance", "")
 POINTS = torch.tensor([[0.0, 1.0], [2.0, -1.0], [0.5, 0.5], [-4.0, 0.0]])
 
 

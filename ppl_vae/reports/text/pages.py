@@ -24,9 +24,9 @@ TITLES = {
     "prior-samples-autoencoder": "No samples of a model: decoded draws of the prior, z ~ N(0, I),\n"
     f"{NOT_TRAINED_ON_PRIOR}",
     "interpolations": "E[x | z] on the line between the codes of two test images",
-    "traversals": "E[x | z] as one latent moves, in scales of the prior; the others stay at the code of test image no. "
-    "{place}\nrows: the most used latents, by {use.meaning} over {num_images:,} test images\n"
-    "unused latents, with a {use.name} below {use.least}{use.unit}: {num_unused} of {num_latents}",
+    "traversals": "E[x | z] as the code of test image no. {place}, the most central one, moves along one direction at "
+    "a time\nacross: standard deviations of the codes; 0 is the reconstruction of the image\nrows: principal "
+    "directions of {num_images:,} posterior means, and their share of the variance",
     "manifold": "E[x | z] over the plane of two latents, at equal steps of each latent's prior probability; across: z0",
     "log-likelihoods": "{name}: log p(x) of {num_images:,} test images",
     "particles": "The bound L_s on log p(x) by its number of importance samples s\n"
@@ -74,7 +74,9 @@ _FIGURES = {
     "from each other.",
     "interpolations.png": "Straight lines between the codes of two images. Each step should be one image, not two laid "
     "over each other.",
-    "traversals.png": "One latent at a time is moved. A row in which nothing changes is a latent that is not used.",
+    "traversals.png": "From the code of the most central test image along the principal directions of all codes, as "
+    "far as codes go. Rows should change the image into others like the data; where no row changes anything, codes "
+    "tell nothing.",
     "manifold.png": "The whole plane of two latents, decoded.",
     "latents.png": "Codes of test images, and draws of the prior in gray. Each should be where the other is.",
     "log_likelihoods.png": "log p(x) is a mean over images that differ much. Look at the least likely ones.",

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import pyro
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from ppl_vae import data, runs
 from ppl_vae.commands.options import Certify, CompareRuns, Encode, Evaluate
@@ -35,7 +36,7 @@ from ppl_vae.runtime import ranks as distributed
 from ppl_vae.runtime.batching import Stopped, images_per_group, images_per_pass, pairs_per_pass
 from ppl_vae.runtime.errors import CannotCapture, Interrupted
 from ppl_vae.runtime.global_state import seeded
-from ppl_vae.runtime.process import Progress, progress_bar, stop_on_signals
+from ppl_vae.runtime.process import progress_bar, stop_on_signals
 from ppl_vae.runtime.ranks import end_together, joined, rank_zero_first, rank_zero_only
 from ppl_vae.vae import VAE
 
@@ -203,11 +204,10 @@ def evaluate_images(
         measure = partial(
             evaluate, vae, x, num_particles=S, seed=options.seed, progress=bar.update, say=say, **blocks._asdict()
         )
-        if compiled and distributed.is_writer():
-            bar.show_clock("Compiling the passes of the evaluation", say)
         if compiled:
+            say("Compiling the passes of the evaluation ...")
             try:
-                return measure(compile=True, on_compiled=lambda seconds: bar.show_bar()).cpu()
+                return measure(compile=True, on_compiled=lambda seconds: bar.unpause()).cpu()
             except CannotCapture as error:
                 if compile == "on":
                     raise ValueError(f"--compile on: {error}") from None
@@ -215,9 +215,9 @@ def evaluate_images(
         return measure().cpu()
 
 
-def _make_bar(num_images: int, words: str, before: int = 0) -> Progress:
+def _make_bar(num_images: int, words: str, before: int = 0) -> tqdm:
     """A progress bar of images, shown by rank 0 alone."""
-    return Progress(total=num_images, initial=before, unit="image", desc=words, disable=not distributed.is_writer())
+    return progress_bar(total=num_images, initial=before, unit="image", desc=words, disable=not distributed.is_writer())
 
 
 def estimate_bits_per_dim(run: Run, log_p: Tensor, num_particles: int) -> Estimate | None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pyro
+from tqdm import tqdm
 
 from ppl_vae import data, runs
 from ppl_vae.commands.evaluate import write_evaluation
@@ -44,7 +45,7 @@ from ppl_vae.runs.resolve import (
 from ppl_vae.runs.results import is_evaluated, to_json
 from ppl_vae.runtime import ranks as distributed
 from ppl_vae.runtime.errors import CannotCapture, Interrupted, NotFinite
-from ppl_vae.runtime.process import Progress, has_terminal, stop_on_signals
+from ppl_vae.runtime.process import has_terminal, progress_bar, stop_on_signals
 from ppl_vae.runtime.ranks import broadcast_decision, end_together, joined, rank_zero_first, rank_zero_only
 from ppl_vae.training import Callbacks, TrainingState, TrainingStopped, exceeds_memory, fit
 from ppl_vae.vae import VAE
@@ -207,16 +208,16 @@ def evaluate_trained_run(run: Run, *, say: Say) -> None:
 class _TrainingRecord:
     """What a training leaves in its run folder while it goes, and the lines and the bar that show it."""
 
-    def __init__(self, run: Run, step: int, *, progress: Progress, log: Log, say: Say) -> None:
+    def __init__(self, run: Run, step: int, *, bar: tqdm, log: Log, say: Say) -> None:
         self.speeds: list[float] = []  # training images per second of each epoch
-        self.kept = step  # of the newest checkpoint on disk
-        self._run, self._progress, self._log, self._say = run, progress, log, say
+        self.step = self.kept = step  # the last one, and that of the newest checkpoint on disk
+        self._run, self._bar, self._log, self._say = run, bar, log, say
 
     def callbacks(self, should_stop: Callable[[], bool]) -> Callbacks:
         """The functions that ``fit`` calls."""
         return Callbacks(
             on_compiled=self._on_compiled,
-            on_step=lambda state: self._progress.update(),
+            on_step=self._on_step,
             on_epoch=self._on_epoch,
             on_checkpoint=self._on_checkpoint,
             checkpoint_seconds=self._run.options.checkpoint_seconds,
@@ -227,18 +228,22 @@ class _TrainingRecord:
         """Writes the weights that are evaluated."""
         runs.save_tensors(self._run.folder / runs.MODEL, state.best_weights, {"step": state.best_step})
 
+    def _on_step(self, state: TrainingState) -> None:
+        self.step = state.step
+        self._bar.update()
+
     def _on_epoch(self, record: JsonObject) -> None:
         if distributed.is_writer():
             runs.append_metrics(self._run.folder, record)
         self._log(record)
         self.speeds.append(record["train_images_per_second"])
         validated = describe_validation(self._run.options, record)
-        self._progress.describe(f"epoch {record['epoch']}/{self._run.options.epochs}, {validated}")
+        self._bar.set_postfix_str(f"epoch {record['epoch']}/{self._run.options.epochs}, {validated}")
         if not has_terminal():
             self._say(describe_epoch(self._run.options, record, validated))
 
     def _on_compiled(self, seconds: float) -> None:
-        self._progress.show_bar()
+        self._bar.unpause()  # its estimate leaves out the time to compile
         self._say(f"Compiled the training step in {seconds:.1f} s.")
 
     def _on_checkpoint(self, state: TrainingState) -> None:
@@ -270,15 +275,15 @@ def _train(run: Run, saved: Saved | None, *, say: Say, compile_if_possible: bool
     with (
         stop_on_signals(f"--resume {folder} goes on") as should_stop,
         open_events(folder, options, step=step) as log,
-        Progress(total=total, initial=step, unit="step", desc="training", disable=silent) as progress,
+        progress_bar(total=total, initial=step, unit="step", desc="training", disable=silent) as bar,
         warnings.catch_warnings(),
     ):
         warnings.filterwarnings("ignore", "Encountered NaN")  # the error that follows names the step and the site
-        record = _TrainingRecord(run, step, progress=progress, log=log, say=say)
+        record = _TrainingRecord(run, step, bar=bar, log=log, say=say)
 
         def train(compile: bool) -> TrainingState:
-            if compile and distributed.is_writer():
-                progress.show_clock("Compiling the training step", say)
+            if compile:
+                say("Compiling the training step ...")
             return fit(
                 vae,
                 stored,
@@ -290,11 +295,10 @@ def _train(run: Run, saved: Saved | None, *, say: Say, compile_if_possible: bool
                 saved=saved,
             )
 
-        with _explain_errors(run, record, progress, is_resumed=saved is not None):
+        with _explain_errors(run, record, is_resumed=saved is not None):
             try:
                 state = train(options.compile == "on")
             except CannotCapture as error:
-                progress.close()
                 if not compile_if_possible:
                     raise
                 rounding = "" if saved is None else "; the same to rounding, and no longer bit for bit"
@@ -324,7 +328,7 @@ def _prepare_vae(run: Run, saved: Saved | None, say: Say) -> VAE:
 
 
 @contextmanager
-def _explain_errors(run: Run, record: _TrainingRecord, progress: Progress, *, is_resumed: bool) -> Iterator[None]:
+def _explain_errors(run: Run, record: _TrainingRecord, *, is_resumed: bool) -> Iterator[None]:
     """Adds to the errors of a training what is kept of it, and what can be done."""
     folder = run.folder
     try:
@@ -336,7 +340,7 @@ def _explain_errors(run: Run, record: _TrainingRecord, progress: Progress, *, is
             raise
         raise ValueError(
             f"{error.filename}: cannot be written: {error.strerror}; the run is kept as of step {record.kept:,} of "
-            f"{progress.count:,}; once there is room, --resume {folder} goes on from there"
+            f"{record.step:,}; once there is room, --resume {folder} goes on from there"
         ) from None
     except CannotCapture as error:
         raise ValueError(f"--compile on: {error}; --compile off does without") from None

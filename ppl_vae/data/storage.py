@@ -1,8 +1,8 @@
 """Where images lie: in memory, in mapped files, and in the cache of images that were read once.
 
 The cache has one folder per data set. In it, ``images.npy`` holds the images (N, *E), train before validation before
-test. ``splits.json`` holds all other fields of ``Splits`` and the SHA-256 of each 64 MiB of the images, below a line
-with the SHA-256 of this text. The folder is written under another name and renamed when it is whole, so that nobody
+test. ``splits.json`` holds all other fields of ``Splits`` and the SHA-256 of the images, below a line with the SHA-256
+of this text. The folder is written under another name and renamed when it is whole, so that nobody
 sees half of it. It may be deleted at any time.
 """
 
@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import fields, replace
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 from weakref import WeakValueDictionary
@@ -176,10 +175,9 @@ def map_in_threads(function: Callable[[Item], Result], items: Sequence[Item]) ->
 # --- The cache ---
 
 # Raise this number when files are read differently than before: it makes the entries of older versions stale.
-_READER_VERSION = 6
+_READER_VERSION = 7
 
 _IMAGES, _REST = "images.npy", "splits.json"
-_CHUNK, _BLOCK = 2**26, 2**20  # bytes
 
 
 class CacheKey(NamedTuple):
@@ -291,7 +289,8 @@ def _write(key: CacheKey, draft: Draft) -> None:
                     bar.update(len(block))
         rest = {field.name: getattr(splits, field.name) for field in fields(splits) if field.name not in SPLIT_ORDER}
         rest["labels"] = {split: labels.tolist() for split, labels in splits.labels.items()}
-        text = json.dumps({"splits": rest, "sizes": _count_images(splits), "chunks": _digest(Path(folder, _IMAGES))})
+        sha256 = compute_sha256(Path(folder, _IMAGES))
+        text = json.dumps({"splits": rest, "sizes": _count_images(splits), "images": sha256})
         Path(folder, _REST).write_text(f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}", encoding="ascii")
         os.rename(folder, key.path)
 
@@ -314,7 +313,7 @@ def _read(entry: Path, *, check: bool = True) -> Splits:
     if hashlib.sha256(text.encode()).hexdigest() != digest:
         raise ValueError(f"the checksum of {_REST} is another")
     header = json.loads(text)
-    if check and _digest(entry / _IMAGES) != header["chunks"]:
+    if check and compute_sha256(entry / _IMAGES) != header["images"]:
         raise ValueError(f"the checksum of {_IMAGES} is another")
     rows = _map_tensor(np.load(entry / _IMAGES, mmap_mode="r"))
     rest = header["splits"]
@@ -322,19 +321,3 @@ def _read(entry: Path, *, check: bool = True) -> Splits:
     rest["labels"] = {split: torch.tensor(labels, dtype=torch.int64) for split, labels in rest["labels"].items()}
     train, validation, test = rows.split(header["sizes"])
     return Splits(train=train, validation=validation, test=test, **rest)
-
-
-def _digest(path: Path) -> list[str]:
-    """Compute the SHA-256 of each chunk of a file, in threads."""
-    with path.open("rb") as file:
-        starts = range(0, os.path.getsize(path), _CHUNK)
-        return list(map_in_threads(partial(_digest_chunk, file.fileno()), starts))
-
-
-def _digest_chunk(descriptor: int, start: int) -> str:
-    """Compute the SHA-256 of a chunk, which is not mapped: a disk error in a mapping would end the process."""
-    digest, stop = hashlib.sha256(), start + _CHUNK
-    while start < stop and (block := os.pread(descriptor, min(_BLOCK, stop - start), start)):
-        digest.update(block)
-        start += len(block)
-    return digest.hexdigest()

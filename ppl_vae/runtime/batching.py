@@ -161,27 +161,6 @@ def release(device: torch.device) -> None:
             torch.cuda.empty_cache()
 
 
-def find_fitting_batch(try_step: Callable[[int], object], batch_size: int, device: torch.device) -> int | None:
-    """The largest of B / 2, B / 4, ..., 1 images for which a training step fits into memory; None where none does.
-
-    Args:
-        try_step: n -> a step of n images that changes neither weights nor random numbers.
-        batch_size: B, which did not fit.
-        device: The device of the step.
-    """
-    release(device)
-    while batch_size > 1:
-        batch_size //= 2
-        try:
-            try_step(batch_size)
-            return batch_size
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-        release(device)
-    return None
-
-
 def describe_count(number: int, word: str) -> str:
     """The number with its noun, such as "1,000 images"."""
     return f"{number:,} {word}{'s' * (number != 1)}"

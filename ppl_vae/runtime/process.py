@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import codecs
 import io
 import os
 import signal
 import sys
 import threading
-import unicodedata
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
@@ -117,32 +115,16 @@ def stop_on_signals(words: str = "") -> Iterator[Callable[[], bool]]:
 
 # --- Output ---
 
-_ASCII = {"±": "+/-", "−": "-", "–": "-", "×": "x", "≈": "~", "≤": "<=", "≥": ">=", "’": "'"}
-
 
 def prepare_streams() -> None:
-    """Write each line of output at once, and replace characters that the encoding lacks by ASCII.
+    """Write each line of output at once, and characters that the encoding lacks as escape sequences.
 
     Otherwise a "±" ends a script whose output is ASCII or Latin-2, as does a file name that is no valid UTF-8, and a
     log file shows nothing before its buffer is full.
     """
-    codecs.register_error("ppl_vae.ascii", _replace_by_ascii)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="ppl_vae.ascii", line_buffering=True)
-
-
-def _replace_by_ascii(error: UnicodeError) -> tuple[str, int]:
-    """The error handler of a codec: returns a replacement, and the position at which to continue."""
-    if not isinstance(error, UnicodeEncodeError):
-        raise error
-    return "".join(map(_ascii_of, error.object[error.start : error.end])), error.end
-
-
-def _ascii_of(character: str) -> str:
-    """+/- for a plus-minus sign, e for an e with an accent, otherwise an escape sequence."""
-    without_accents = unicodedata.normalize("NFKD", character).encode("ascii", "ignore").decode()
-    return _ASCII.get(character) or without_accents or character.encode("ascii", "backslashreplace").decode()
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
 
 
 # --- Progress ---
@@ -176,65 +158,3 @@ class _Lines:
 
     def flush(self) -> None:
         """Nothing is buffered."""
-
-
-@contextmanager
-def _running_clock(words: str) -> Iterator[None]:
-    """Show the words and a running clock on a terminal."""
-    ended = threading.Event()
-    with progress_bar(desc=words, bar_format="{desc} ... {elapsed}", leave=False) as clock:
-
-        def tick() -> None:
-            while not ended.wait(1):
-                clock.refresh()
-
-        ticking = threading.Thread(target=tick, daemon=True)
-        ticking.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            ticking.join()
-
-
-class Progress(ExitStack):
-    """A progress bar that starts with the first step, so that its estimate leaves out the time to compile.
-
-    Its options are those of ``progress_bar``, and ``count`` says how much is done.
-    """
-
-    def __init__(self, *, initial: int = 0, **options: object) -> None:
-        super().__init__()
-        self.count = initial
-        self._options = options
-        self._bar: tqdm | None = None
-
-    def close(self) -> None:
-        """End the clock or the bar."""
-        super().close()
-        self._bar = None
-
-    def show_clock(self, words: str, say: Callable[[str], None]) -> None:
-        """Show a running clock until ``show_bar``; without a terminal, ``say`` prints the words."""
-        if has_terminal():
-            self.enter_context(_running_clock(words))
-        else:
-            say(f"{words} ...")
-
-    def show_bar(self) -> None:
-        """End the clock, and start the bar."""
-        self.close()
-        self._bar = self.enter_context(progress_bar(initial=self.count, **self._options))
-
-    def update(self, count: int = 1) -> None:
-        """Add what was done since the last call."""
-        if self._bar is None:
-            self.show_bar()
-        assert self._bar is not None
-        self._bar.update(count)
-        self.count += count
-
-    def describe(self, words: str) -> None:
-        """Show these words behind the bar."""
-        if self._bar is not None:
-            self._bar.set_postfix_str(words)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,10 +20,9 @@ from torch.utils.data import DataLoader, Dataset
 from ppl_vae import data as image_data
 from ppl_vae import objectives
 from ppl_vae.protocols import Program
-from ppl_vae.runtime.batching import describe_count, find_fitting_batch
 from ppl_vae.runtime.captured_step import optimizer_obstacle
-from ppl_vae.runtime.errors import CannotCapture, check_count, is_out_of_memory
-from ppl_vae.runtime.global_state import seeded, serialize_threads
+from ppl_vae.runtime.errors import CannotCapture, check_count
+from ppl_vae.runtime.global_state import serialize_threads
 from ppl_vae.runtime.noise import SharedNoise
 from ppl_vae.runtime.ranks import BatchShare, agree, gather_objects, gather_rows, is_writer, num_ranks
 from ppl_vae.training.checks import (
@@ -108,8 +107,8 @@ def fit(
         NotFinite: A loss or gradient is NaN or infinite, and the message names the step and the site; the program keeps
             the weights of the step before. With ``skip_norm``: too many steps were skipped.
         CannotCapture: A ValueError: ``compile`` is asked for and impossible. Nothing was trained.
-        ValueError: An argument is out of its range, an image is off the likelihood's support, a saved state does not
-            fit, or a batch does not fit into memory.
+        ValueError: An argument is out of its range, an image is off the likelihood's support, or a saved state does not
+            fit.
         TrainingStopped: ``should_stop`` returned True.
         ConnectionError: Another rank ended.
 
@@ -219,7 +218,7 @@ class _Loop:
         is_first = epoch == self.first_epoch
         checked = is_first and not self.must_skip and not self.several
         steps = self.steps.epoch(batches, values, validate=checked, requests=self._requests)
-        with closing(self._explain_memory(steps)) as rows_of_steps:
+        with closing(steps) as rows_of_steps:
             for rows, batch in zip(rows_of_steps, batches, strict=True):
                 images_seen += len(batch)
                 self._finish_step(rows)
@@ -276,33 +275,6 @@ class _Loop:
         if self.callbacks.on_checkpoint is not None:
             self.callbacks.on_checkpoint(self.state)
         self.last_checkpoint = time.monotonic()
-
-    def _explain_memory(self, steps: Generator[Tensor, None, None]) -> Generator[Tensor, None, None]:
-        """Yield the steps; if one runs out of memory, raise a ValueError that names a batch size that fits."""
-        with closing(steps):
-            try:
-                yield from steps
-                return
-            except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-        # The error is gone here, and its frames hold no tensors any more. Each rank has its part of the batch.
-        batch_size = min(self.schedule.batch_size, self.num_images)
-        fits = find_fitting_batch(self._try_step, -(-batch_size // num_ranks()), self.state.device)
-        cause = f"out of memory in a step of {describe_count(batch_size, 'image')}"
-        if fits is None:
-            raise ValueError(f"{cause}, and no smaller batch fits: a smaller network needs less")
-        raise ValueError(f"{cause}; --batch-size {fits * num_ranks()} fits")
-
-    def _try_step(self, num_images: int) -> None:
-        """Take the loss and gradient of so many images; change nothing and consume no random numbers."""
-        program, device = self.state.program, self.state.device
-        stored = self.source.images(torch.arange(num_images, device=device))
-        try:
-            with seeded(0, device), pyro.validation_enabled(False):
-                self.objective(program.model, program.guide, self.transform(stored, None), beta=1.0).backward()
-        finally:
-            program.zero_grad()
 
 
 _REFIT_STEPS = 10

@@ -220,7 +220,7 @@ if where == "reading":
     decode, seen = folder.decode, []
     folder.decode = lambda raw: kill() if len(seen) > 20 else seen.append(0) or decode(raw)
 elif where == "writing":
-    storage._digest = kill
+    storage.compute_sha256 = kill
 else:
     os.rename = kill
 data.load(sys.argv[1])

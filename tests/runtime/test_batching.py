@@ -15,7 +15,6 @@ from torch.testing import assert_close
 from ppl_vae.evidence import evaluation
 from ppl_vae.evidence.evaluation import evaluate
 from ppl_vae.runtime import batching
-from ppl_vae.runtime.batching import find_fitting_batch
 from ppl_vae.runtime.errors import is_out_of_memory
 from ppl_vae.weights import log_weight_terms
 
@@ -152,15 +151,3 @@ else:
     line, error = done.stdout.splitlines()
     assert line.startswith("Out of memory with 1,000,000 particles at once: continuing with 500,000")
     assert float(error) < 1e-6
-
-
-# --- Training ---
-
-
-@pytest.mark.parametrize(("room", "fits"), [(1, 1), (12, 12), (24, 12), (49, 25), (99, 50), (0, None)])
-def test_the_find_fitting_batch_is_the_first_of_the_halves_that_does(room, fits):
-    def step(num_images):
-        if num_images > room:
-            raise MemoryError
-
-    assert find_fitting_batch(step, 100, CPU) == fits

@@ -29,15 +29,13 @@ def run_main(main: str, *, encoding: str, **environment: str) -> subprocess.Comp
 @pytest.mark.parametrize(
     ("encoding", "text", "expected"),
     [
-        ("ascii", "-82.4 ± 0.3", b"-82.4 +/- 0.3"),
-        ("ascii", "10–20 × 3 ≥ 5, Poincaré’s", b"10-20 x 3 >= 5, Poincare's"),
-        ("latin-1", "-82.4 ± 0.3 ≤ 1", b"-82.4 \xb1 0.3 <= 1"),
+        ("ascii", "-82.4 ± 0.3", b"-82.4 \\xb1 0.3"),
+        ("latin-1", "-82.4 ± 0.3 ≤ 1", b"-82.4 \xb1 0.3 \\u2264 1"),
         ("utf-8", "-82.4 ± 0.3", "-82.4 ± 0.3".encode()),
         ("utf-8", "file \udcff", b"file \\udcff"),  # a file's name in Latin-1, as Python reads it
-        ("ascii", "\u4e2d", b"\\u4e2d"),
     ],
 )
-def test_characters_that_the_encoding_lacks_are_written_in_ascii(stream, encoding, text, expected):
+def test_characters_that_the_encoding_lacks_are_escaped(stream, encoding, text, expected):
     done = run_main(f"import sys; print({text!a}, file=sys.{stream})", encoding=encoding)
     assert done.returncode == 0, done.stderr
     assert getattr(done, stream).splitlines() == [expected]
@@ -45,7 +43,7 @@ def test_characters_that_the_encoding_lacks_are_written_in_ascii(stream, encodin
 
 def test_an_error_with_such_a_character_is_one_line():
     done = run_main("raise ValueError('expected 1 ± 2')", encoding="ascii")
-    assert (done.returncode, done.stderr.splitlines()) == (1, [b"error: expected 1 +/- 2"])
+    assert (done.returncode, done.stderr.splitlines()) == (1, [b"error: expected 1 \\xb1 2"])
 
 
 COMPILE = """
@@ -114,4 +112,4 @@ def test_a_training_draws_its_figures_whatever_the_backend_of_a_notebook(trained
 def test_a_training_ends_with_an_ascii_log(trained):
     _, done = trained
     assert done.returncode == 0, done.stderr
-    assert b"+/-" in done.stdout.decode("ascii").encode()
+    assert b"\\xb1" in done.stdout.decode("ascii").encode()

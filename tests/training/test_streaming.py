@@ -1,4 +1,4 @@
-"""Streaming: a ring of batches gives the training that resident images give, and its thread ends with it."""
+"""Streaming: one batch after the other gives the training that resident images give, and its thread ends with it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 
 def threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name == "streamed images"]
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("streamed images")]
 
 
 @pytest.fixture(autouse=True)
@@ -50,14 +50,13 @@ def numbered(num_images: int, *shape: int) -> Tensor:
     return torch.arange(num_images, dtype=torch.float32).view(-1, *(1 for _ in shape)).expand(-1, *shape).contiguous()
 
 
-# --- The ring ---
+# --- The batches ---
 
 
-@pytest.mark.parametrize("slots", [None, 2, 3, 8])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float64, torch.bfloat16])
-def test_every_batch_is_in_the_ring_when_its_turn_comes(slots: int | None, dtype: torch.dtype) -> None:
+def test_every_batch_is_there_when_its_turn_comes(dtype: torch.dtype) -> None:
     train = numbered(103, 2, 3).to(dtype)
-    source = Streamed(train, CPU, 10, slots)
+    source = Streamed(train, CPU, 10)
     batches = torch.randperm(103, generator=torch.Generator().manual_seed(1)).split(10)
     for index, place in zip(batches, source.epoch(batches), strict=True):
         assert torch.equal(source.stored[place].float(), index.to(dtype).float()[:, None, None].expand(-1, 2, 3))
@@ -69,13 +68,14 @@ def test_every_batch_is_in_the_ring_when_its_turn_comes(slots: int | None, dtype
 def test_what_goes_wrong_in_the_thread_is_raised_in_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
-    def fail(*arguments: Any) -> None:
+    def fail(source: Streamed, index: Tensor) -> Tensor:
         calls.append(1)
         if len(calls) == 3:
             raise OSError(5, "Input/output error")
+        return source.images(index)
 
-    monkeypatch.setattr(streaming, "_gather", fail)
-    rows = Streamed(numbered(100, 2), CPU, 10, 2).epoch(torch.arange(100).split(10))
+    monkeypatch.setattr(Streamed, "_gather", fail)
+    rows = Streamed(numbered(100, 2), CPU, 10).epoch(torch.arange(100).split(10))
     next(rows), next(rows)
     with pytest.raises(OSError, match="Input/output error"):
         next(rows)
@@ -185,12 +185,12 @@ def test_a_mapped_file_larger_than_half_the_memory_streams(
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu_every_batch_is_in_the_ring_when_its_turn_comes() -> None:
+def test_on_a_gpu_every_batch_is_there_when_its_turn_comes() -> None:
     train = numbered(2003, 100)
-    source = Streamed(train, torch.device("cuda"), 10, 4)
+    source = Streamed(train, torch.device("cuda"), 10)
     wrong = torch.zeros((), dtype=torch.int64, device="cuda")
     batches = torch.randperm(2003).split(10)
     for index, place in zip(batches, source.epoch(batches), strict=True):
-        torch.cuda._sleep(100_000)  # the device lags behind: a half that is overwritten too early is seen
+        torch.cuda._sleep(100_000)  # the device lags behind: a batch that is overwritten too early is seen
         wrong += (source.stored[place][:, 0] != index.to("cuda").float()).sum()
     assert int(wrong) == 0

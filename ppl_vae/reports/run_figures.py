@@ -205,11 +205,12 @@ def _traversals(scene: _Scene) -> Figure:
     found = find_principal_directions(codes.mean, _NUM_SHOWN, num_moved=scene.run.options.latent_dim)
     kept = max(1, int((found.share >= _LEAST_SHARE).sum()))
     start = found.find_central(codes.mean)
-    steps = _REACH * torch.linspace(-1, 1, _NUM_STEPS)
+    middle = _NUM_STEPS // 2
+    steps = _REACH * torch.arange(-middle, middle + 1) / middle
     moves = found.scale[:kept, None] * found.directions[:kept]
     images = decode_traversals(scene.vae, codes.mean[start], moves, steps)
     original = torch.full_like(images[0], torch.nan)  # nothing, but for the middle
-    original[_NUM_STEPS // 2] = scene.x[index[start]]
+    original[middle] = scene.x[index[start]]
     rows = {"the image": original}
     rows |= {f"direction {k + 1}, {found.share[k]:.0%}": row for k, row in enumerate(images)}
     words = {"place": int(index[start]), "num_images": len(index)}

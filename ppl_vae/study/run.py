@@ -24,7 +24,7 @@ from ppl_vae.diagnostics.likelihood import measure_noise
 from ppl_vae.objectives import Loss, loss_of_batch
 from ppl_vae.protocols import StochasticFunction
 from ppl_vae.reports.page.blocks import Section, Text, page
-from ppl_vae.reports.page.run import make_explorer
+from ppl_vae.reports.page.explorer import make_explorer
 from ppl_vae.reports.text.pages import QUESTIONS, SUBTITLE, TITLE
 from ppl_vae.runs.build import build_likelihood, build_vae
 from ppl_vae.runs.load import save

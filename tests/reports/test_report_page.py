@@ -6,7 +6,6 @@ import re
 import struct
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from browser import Visit
 from ppl_vae.conditional import Conditional
 from ppl_vae.parts import likelihoods, networks
 from ppl_vae.reports.page.blocks import Picture, Section, Slider, SliderStop, Table, Text, VerdictBlock, page
-from ppl_vae.reports.page.run import Explorer, decoder_weights
+from ppl_vae.reports.page.explorer import Explorer, decoder_weights
 
 SHAPE = (1, 7, 5)  # higher than wide, so that rows and columns cannot be mistaken
 
@@ -52,9 +51,23 @@ def decoder(
     return likelihood
 
 
-def explorer(likelihood: Conditional | None = None, **options: Any) -> Explorer:
-    points = options.pop("points", np.zeros((1, 2)))
-    return Explorer(decoder_weights(likelihood or decoder()), "Caption of the explorer", points, **options)
+def explorer(likelihood: Conditional | None = None, *, num_points: int = 3, **options: Any) -> Explorer:
+    """Over codes of a plane that goes through all coordinates, and their images of random levels."""
+    weights = decoder_weights(likelihood or decoder())
+    rng = np.random.default_rng(0)
+    directions = np.linalg.qr(rng.normal(size=(weights.latent_dim, 2)))[0].T
+    codes = rng.normal(size=(num_points, weights.latent_dim))
+    codes[0] *= 0.1
+    return Explorer(
+        weights,
+        "Caption of the explorer",
+        codes=codes,
+        images=rng.integers(0, 256, size=(num_points, *weights.event_shape), dtype=np.uint8),
+        names=[f"image {n}" for n in range(num_points)],
+        directions=directions,
+        points=codes @ directions.T,
+        **options,
+    )
 
 
 def slider() -> Slider:
@@ -68,7 +81,6 @@ def slider() -> Slider:
 def everything() -> list[Section]:
     long_word = "runs/" + "a-very-long-name-of-a-run-folder" * 4
     wide = [[f"row {k}", *(-86.125 * k,) * 9, "−86.1 ± 0.2"] for k in range(3)]
-    rng = np.random.default_rng(0)
     return [
         Section("First words", [Text("A **bold** word, some `code`.\n\nAnother paragraph."), slider()], "first-words"),
         Section(
@@ -86,7 +98,7 @@ def everything() -> list[Section]:
             "The plane",
             [
                 Picture(png(200, 900, 30), "Light alone", "a band"),
-                explorer(points=rng.normal(size=(50, 2)), labels=np.arange(50) % 10),
+                explorer(num_points=50, labels=np.arange(50) % 10),
             ],
             "plane",
         ),
@@ -135,7 +147,7 @@ def test_markup_in_words_is_shown_as_it_was_written(visit, words: str) -> None:
         Table([words], [[words]], words),
         Picture(png(2), words, words),
         Slider(words, [stop], words, (words, png(3))),
-        explorer(points=np.zeros((1, 2)), labels=np.zeros(1, dtype=int), label_names=[words]),
+        explorer(labels=np.zeros(3, dtype=int), label_names=[words]),
     ]
     with visit(*blocks, title=words) as seen:
         assert seen.tab.title() == words
@@ -147,9 +159,7 @@ def test_markup_in_words_is_shown_as_it_was_written(visit, words: str) -> None:
 
 def test_words_cannot_close_the_data_of_an_explorer(visit) -> None:
     """What stands in a script element is escaped otherwise than text."""
-    with visit(
-        explorer(label_names=["</script>"] * 10, points=np.zeros((1, 2)), labels=np.zeros(1, dtype=int))
-    ) as seen:
+    with visit(explorer(label_names=["</script>"] * 10, labels=np.zeros(3, dtype=int))) as seen:
         assert seen.tab.locator(".legend").inner_text().strip() == "</script>"
 
 
@@ -191,31 +201,17 @@ DECODERS = {
 }
 
 
-@dataclass(frozen=True)
-class Moved:
-    """Which latents an explorer moves, and where the others stay."""
-
-    axes: tuple[int, int]
-    base: torch.Tensor
-
-    def z(self, place: tuple[float, float]) -> torch.Tensor:
-        z = self.base.clone()
-        z[list(self.axes)] = torch.tensor(place)
-        return z
-
-
-def moved(latent_dim: int) -> Moved:
-    return Moved((latent_dim - 1, 0), torch.linspace(-1, 1, latent_dim))
+def code_at(block: Explorer, place: tuple[float, float], *, picked: int = 0) -> torch.Tensor:
+    """(L,) the code that the page decodes at a place of the plane, in the page's precision."""
+    codes, points = (each.astype(np.float16).astype(float) for each in (block.codes, block.points))
+    return torch.tensor(codes[picked] + (place - points[picked]) @ block.directions, dtype=torch.float)
 
 
 @pytest.fixture(scope="module")
 def all_decoders(chromium: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Visit]:
     """One page with an explorer of each network, and then of each likelihood."""
     path = tmp_path_factory.mktemp("page") / "page.html"
-    by_network = [
-        explorer(likelihood, base=moved(latent_dim).base.numpy(), axes=moved(latent_dim).axes)
-        for (_, latent_dim), likelihood in DECODERS.items()
-    ]
+    by_network = [explorer(likelihood) for likelihood in DECODERS.values()]
     by_family = [explorer(of_family(family)) for family in FAMILIES]
     path.write_text(page("All", [Section("All", [*by_network, *by_family], "all")]), encoding="utf-8")
     with Visit(chromium, path) as seen:
@@ -226,7 +222,7 @@ def all_decoders(chromium: Any, tmp_path_factory: pytest.TempPathFactory) -> Ite
 def test_the_explorer_draws_the_mean_that_torch_computes(all_decoders: Visit, key: tuple[str, int]) -> None:
     likelihood = DECODERS[key]
     for place in PLACES:
-        exact = likelihood(moved(key[1]).z(place)).mean
+        exact = likelihood(code_at(explorer(likelihood), place)).mean
         assert exact.std() > 0.05
         shown = shown_pixels(all_decoders, place, k=list(DECODERS).index(key))
         torch.testing.assert_close(shown, exact.flatten(), rtol=0, atol=1e-2)
@@ -258,13 +254,73 @@ def of_family(family: type) -> Conditional:
 def test_the_explorer_draws_the_mean_of_every_likelihood_that_it_takes(all_decoders: Visit, family: type) -> None:
     likelihood = of_family(family)
     for place in PLACES:
-        exact = (likelihood(torch.tensor(place)).mean / FAMILIES[family]).clamp(0, 1)
+        exact = (likelihood(code_at(explorer(likelihood), place)).mean / FAMILIES[family]).clamp(0, 1)
         assert ((exact > 0) & (exact < 1)).float().mean() > 0.2
         shown = shown_pixels(all_decoders, place, k=len(DECODERS) + list(FAMILIES).index(family))
         torch.testing.assert_close(shown, exact.flatten(), rtol=0, atol=1e-2)
 
 
+def levels_of(seen: Visit, view: str) -> np.ndarray:
+    """(H, W) the red levels of a canvas."""
+    script = f"""() => {{
+      const canvas = document.querySelector(".{view} canvas");
+      const {{ data }} = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+      return Array.from(data).filter((_, k) => k % 4 === 0);
+    }}"""
+    return np.array(seen.tab.evaluate(script)).reshape(SHAPE[1:])
+
+
+def means_of(block: Explorer, picked: int) -> np.ndarray:
+    """(H, W) the levels of the reconstruction, E[x | z] at the code."""
+    return 255 * decoder(5)(torch.tensor(block.codes[picked], dtype=torch.float)).mean[0].detach().numpy()
+
+
+def test_a_picked_point_shows_its_image_and_the_decoders_mean_at_its_code(visit) -> None:
+    block = explorer(decoder(5), num_points=20, start=4, extent=4.0)
+    with visit(block) as seen:
+        seen.tab.wait_for_function("() => document.querySelector('.picked p').textContent === 'image 4'")
+        seen.frame()
+        shown = {name: levels_of(seen, name) for name in ("moved", "picked", "rebuilt")}
+        np.testing.assert_array_equal(shown["picked"], block.images[4, 0])
+        np.testing.assert_allclose(shown["rebuilt"], means_of(block, 4), atol=3)
+        np.testing.assert_array_equal(shown["moved"], shown["rebuilt"])
+
+        box = seen.tab.locator("canvas.pad").bounding_box()
+        right, up = (block.points[7] / block.extent + 1) / 2
+        seen.tab.mouse.click(box["x"] + right * box["width"], box["y"] + (1 - up) * box["height"])
+        seen.frame()
+        assert seen.tab.locator(".picked p").inner_text() == "image 7"
+        np.testing.assert_array_equal(levels_of(seen, "picked"), block.images[7, 0])
+        np.testing.assert_allclose(levels_of(seen, "rebuilt"), means_of(block, 7), atol=3)
+
+        place = (1.5, -2.0)
+        exact = decoder(5)(code_at(block, place, picked=7)).mean.flatten()
+        torch.testing.assert_close(shown_pixels(seen, place), exact, rtol=0, atol=1e-2)
+
+
+def test_keys_move_pick_and_return(visit) -> None:
+    block = explorer(decoder(5), num_points=20, start=4, extent=4.0)
+    with visit(block) as seen:
+        pad = seen.tab.locator("canvas.pad")
+        pad.press("ArrowRight")
+        pad.press("Shift+ArrowUp")
+        seen.frame()
+        place = block.points[4] + [0.1, 0.5]
+        outputs = [float(words.replace("−", "-")) for words in seen.tab.locator("output").all_inner_texts()]
+        np.testing.assert_allclose(outputs, place, atol=0.01)
+        pad.press("Enter")
+        nearest = np.linalg.norm(block.points - place, axis=1).argmin()
+        assert seen.tab.locator(".picked p").inner_text() == f"image {nearest}"
+        pad.press("Home")
+        assert seen.tab.locator(".picked p").inner_text() == "image 4"
+
+
 # --- What is refused, in words ---
+
+
+def _many() -> Conditional:
+    net = networks.MLP(2, 35, hidden=[2000, 4000])
+    return Conditional(net, likelihoods.Bernoulli(SHAPE))
 
 
 def _large() -> Conditional:
@@ -285,6 +341,7 @@ REFUSED = {
     "ends in a likelihood, got Linear": lambda: torch.nn.Linear(2, 35),
     "images": lambda: decoder(shape=(9,)),
     "half precision": _large,
+    "8,000,000 weights": _many,
     "got Softplus": lambda: decoder(
         network=lambda *sizes, **options: networks.MLP(*sizes, activation=torch.nn.Softplus, **options)
     ),

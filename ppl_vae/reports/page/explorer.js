@@ -1,4 +1,4 @@
-// The decoder's mean, drawn where the pointer is. Weights come in half precision.
+// The decoder's mean where the pointer is, and at the code of the picked image. Weights come in half precision.
 "use strict";
 (() => {
   // --- Numbers ---
@@ -90,14 +90,23 @@
     const data = JSON.parse(figure.querySelector("script").textContent);
     const mean = decoderOf(data.decoder);
     const pad = figure.querySelector("canvas.pad");
-    const drawn = figure.querySelector("canvas.drawn");
-    const outputs = [figure.querySelector("output.first"), figure.querySelector("output.second")];
+    const [moved, original, rebuilt] = figure.querySelectorAll(".view canvas");
+    const name = figure.querySelector(".picked p");
+    const outputs = figure.querySelectorAll("output");
+    const codes = halves(data.codes);
     const points = halves(data.points);
     const labels = data.labels === null ? null : bytes(data.labels);
+    const size = data.directions[0].length;
+    const count = points.length / 2;
+    const sheet = new Image();
     const behind = document.createElement("canvas");
-    let chosen = [...data.start];
+    let picked = data.start;
+    let chosen = [];
     let pixels = [];
     let waiting = false;
+
+    const pointOf = (n) => [points[2 * n], points[2 * n + 1]];
+    const codeOf = (n) => codes.slice(n * size, (n + 1) * size);
 
     const across = (value) => ((value / data.extent + 1) / 2) * pad.width;
     const down = (value) => pad.height - across(value);
@@ -130,8 +139,8 @@
         context.stroke();
       }
       const colors = Array.from({ length: 10 }, (_, k) => colorOf(`label-${k}`));
-      context.globalAlpha = Math.min(0.8, Math.max(0.3, 400 / (points.length / 2 + 1)));
-      for (let k = 0; k < points.length / 2; k++) {
+      context.globalAlpha = Math.min(0.8, Math.max(0.3, 400 / (count + 1)));
+      for (let k = 0; k < count; k++) {
         if (labels !== null) context.fillStyle = colors[labels[k] % 10];
         context.beginPath();
         context.arc(across(points[2 * k]), down(points[2 * k + 1]), 3.2 * unit, 0, 2 * Math.PI);
@@ -140,7 +149,7 @@
       context.globalAlpha = 0.75;
       context.fillStyle = getComputedStyle(pad).color;
       for (let tick = -Math.floor(data.extent / step) * step; tick < data.extent; tick += step) {
-        if (tick === 0 || tick <= -data.extent) continue;
+        if (tick === 0 || Math.abs(tick) > 0.92 * data.extent) continue; // a number would be cut, or meet another
         const word = String(tick).replace("-", "−");
         context.textAlign = "center";
         context.fillText(word, across(tick), pad.height - 8 * unit);
@@ -152,29 +161,59 @@
     const paintPad = () => {
       const context = pad.getContext("2d");
       const unit = pad.width / 640;
-      const [x, y] = [across(chosen[0]), down(chosen[1])];
+      const place = ([right, up]) => [across(right), down(up)];
+      let [x, y] = place(chosen);
       const style = getComputedStyle(pad);
       context.clearRect(0, 0, pad.width, pad.height);
       context.drawImage(behind, 0, 0);
-      context.beginPath();
-      context.arc(x, y, 13 * unit, 0, 2 * Math.PI);
-      context.strokeStyle = style.backgroundColor;
-      context.lineWidth = 8 * unit;
-      context.stroke();
-      context.strokeStyle = style.color;
-      context.lineWidth = 3.5 * unit;
-      context.stroke();
+      const ring = (radius, width, color) => {
+        context.beginPath();
+        context.arc(x, y, radius * unit, 0, 2 * Math.PI);
+        context.strokeStyle = color;
+        context.lineWidth = width * unit;
+        context.stroke();
+      };
+      ring(13, 8, style.backgroundColor);
+      ring(13, 3.5, style.color);
+      [x, y] = place(pointOf(picked));
+      ring(5, 4, style.backgroundColor);
+      ring(5, 2.5, style.color);
     };
 
+    // The code of the picked image, moved in the plane.
     const show = () => {
-      const z = [...data.base];
-      data.axes.forEach((axis, k) => {
-        z[axis] = chosen[k];
+      const z = codeOf(picked);
+      pointOf(picked).forEach((from, k) => {
+        for (let l = 0; l < size; l++) z[l] += (chosen[k] - from) * data.directions[k][l];
         outputs[k].value = chosen[k].toFixed(2).replace("-", "−");
       });
       pixels = mean(z);
-      draw(drawn, pixels);
+      draw(moved, pixels);
       paintPad();
+    };
+
+    const showPicked = () => {
+      const [w, h, context] = [original.width, original.height, original.getContext("2d")];
+      const [left, top] = [(picked % data.columns) * w, Math.floor(picked / data.columns) * h];
+      context.drawImage(sheet, left, top, w, h, 0, 0, w, h);
+      draw(rebuilt, mean(codeOf(picked)));
+      name.textContent = data.names[picked];
+    };
+
+    const pick = (n) => {
+      picked = n;
+      chosen = pointOf(n);
+      showPicked();
+      show();
+    };
+
+    const nearest = (place) => {
+      let [best, least] = [0, Infinity];
+      for (let n = 0; n < count; n++) {
+        const distance = Math.hypot(points[2 * n] - place[0], points[2 * n + 1] - place[1]);
+        if (distance < least) [best, least] = [n, distance];
+      }
+      return best;
     };
 
     const showSoon = () => {
@@ -192,26 +231,24 @@
       showSoon();
     };
 
-    const follow = (event) => {
+    const placeOf = (event) => {
       const box = pad.getBoundingClientRect();
       const right = (event.clientX - box.left) / box.width;
       const up = 1 - (event.clientY - box.top) / box.height;
-      move((2 * right - 1) * data.extent, (2 * up - 1) * data.extent);
+      return [(2 * right - 1) * data.extent, (2 * up - 1) * data.extent];
     };
-    pad.addEventListener("pointermove", follow);
-    pad.addEventListener("pointerdown", (event) => {
-      pad.setPointerCapture(event.pointerId);
-      follow(event);
-    });
+    pad.addEventListener("pointermove", (event) => move(...placeOf(event)));
+    pad.addEventListener("pointerdown", (event) => pad.setPointerCapture(event.pointerId));
+    pad.addEventListener("click", (event) => pick(nearest(placeOf(event))));
 
-    const directions = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] };
+    const arrows = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] };
     pad.addEventListener("keydown", (event) => {
-      const direction = directions[event.key];
-      if (event.key !== "Home" && !direction) return;
+      const arrow = arrows[event.key];
+      if (!["Home", "Enter"].includes(event.key) && !arrow) return;
       event.preventDefault();
       const step = (data.extent / 40) * (event.shiftKey ? 5 : 1);
-      if (direction) move(chosen[0] + step * direction[0], chosen[1] + step * direction[1]);
-      else move(...data.start);
+      if (arrow) move(chosen[0] + step * arrow[0], chosen[1] + step * arrow[1]);
+      else pick(event.key === "Enter" ? nearest(chosen) : data.start);
     });
 
     const repaint = () => {
@@ -222,8 +259,11 @@
     };
     new ResizeObserver(repaint).observe(pad);
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", repaint);
+    chosen = pointOf(picked);
     repaint();
-    show();
+    sheet.onload = showPicked;
+    sheet.src = `data:image/png;base64,${data.images}`;
+    pick(picked);
 
     return {
       pixels: () => Array.from(pixels),

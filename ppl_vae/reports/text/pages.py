@@ -131,8 +131,11 @@ AUTOENCODER_SECTIONS = {"likelihood": "How well it reconstructs"}
 
 NO_EXPLORER = "There is no live picture here. {reason}"
 EXPLORER_HELP = (
-    "Move over the plane, or touch it. With the keyboard: arrow keys, with Shift for larger steps, and Home to return."
+    "Move over the plane; click or tap to pick the nearest image. With the keyboard: arrow keys, with Shift for larger "
+    "steps, Enter to pick, and Home to return."
 )
+EXPLORER_VIEWS = {"moved": "decoded at the pointer", "picked": "the picked image", "rebuilt": "its reconstruction"}
+EXPLORER_IMAGE = "test image no. {place}"
 EXPLORER_NO_SCRIPT = "The plane is drawn by a script, which this browser does not run."
 TOO_FEW_IMAGES = f"There are fewer than {FEWEST_IMAGES} {{split}} images: too few for a diagnosis."
 MEASURED_ON = "Measured on {num_images:,} images of the {split} split."
@@ -164,14 +167,14 @@ def describe_missing_evaluation(run: Run) -> str:
     return words + ("" if is_autoencoder(run.options) else command)
 
 
-def explorer_caption(run: Run, axes: tuple[int, int]) -> str:
-    """The caption of the plane of two latents with a live decoder. ``axes``: the two that are moved."""
-    words = "Each point is a test image, where the encoder puts it; the picture is the decoder's mean."
+def explorer_caption(run: Run, share: float) -> str:
+    """The caption of the live decoder over two directions, whose share of the codes' variance is given."""
+    words = (
+        "Each point is a test image, where the encoder puts it along the first two principal directions of the codes "
+        f"({share:.0%} of their variance)."
+    )
     if run.options.latent_dim > 2:
-        words += (
-            f" Moved are z{axes[0]} and z{axes[1]}, the two of {run.options.latent_dim} that tell most; the others are "
-            "those of the first picture's image, so a point's picture is not the reconstruction of its image."
-        )
+        words += " What moves is the code of the picked image; its other directions stay as they are."
     if is_autoencoder(run.options):
         words += " Nothing asked these codes to lie together: between them the decoder was never trained."
     return words

@@ -12,6 +12,8 @@ import numpy as np
 import pyro
 import torch
 from fitting import fit
+from pyro.poutine.runtime import Message
+from pyro.poutine.scale_messenger import ScaleMessenger
 
 from ppl_vae import data, objectives
 from ppl_vae.commands.train import train_run
@@ -19,7 +21,6 @@ from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.load import load, save
 from ppl_vae.runs.options import PLAIN, Options
 from ppl_vae.runs.resolve import initialize_output_bias, load_splits
-from ppl_vae.study.run import average_over_pixels
 
 DIGITS = Options(
     **PLAIN,
@@ -66,6 +67,20 @@ def _trained(options: Options) -> Callable[[Path], None]:
     return make
 
 
+class MeanOverPixels(ScaleMessenger):
+    """log p(x | z) / D: what a loss that is averaged over pixels does to a model."""
+
+    def _process_message(self, msg: Message) -> None:
+        if msg["type"] == "sample" and msg["is_observed"]:
+            super()._process_message(msg)
+
+
+def average_over_pixels(model: Any, guide: Any, x: torch.Tensor) -> torch.Tensor:
+    """The loss with the mean over the pixels in the place of their sum."""
+    averaged = MeanOverPixels(1 / math.prod(x.shape[1:]))(model)
+    return objectives.loss_of_batch(objectives.elbo(), averaged, guide, x)
+
+
 def _mean_over_pixels(options: Options) -> Callable[[Path], None]:
     def make(folder: Path) -> None:
         splits = load_splits(options)
@@ -77,7 +92,7 @@ def _mean_over_pixels(options: Options) -> Callable[[Path], None]:
             vae,
             stored,
             epochs=options.epochs,
-            objective=average_over_pixels(objectives.elbo(), math.prod(splits.event_shape)),
+            objective=average_over_pixels,
             transform=transform,
             learning_rate=3e-3,
         )

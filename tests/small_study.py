@@ -14,13 +14,8 @@ from ppl_vae.study.run import collect
 
 TINY = Size(
     epochs=1,
-    collapse_epochs=1,
-    stress_epochs=1,
     betas={"bars": (0.1, 1.0, 100.0)},
-    seeds=(1,),
-    close_betas=(0.1, 1.0),
     latent_dims=(2,),
-    networks=("mlp",),
     images=100,
     num_particles=10,
     codes=250,

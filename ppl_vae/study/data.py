@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,8 +25,6 @@ from torch.distributions import (
 
 from ppl_vae import data, diagnostics
 from ppl_vae.evidence.estimate import Estimate
-from ppl_vae.parts.flows import affine_coupling
-from ppl_vae.parts.priors import FlowPrior
 from ppl_vae.runs.options import Options
 from ppl_vae.runs.outputs import write_picture
 from ppl_vae.runs.resolve import check_support, choose_evaluated_pixels, load_splits, resolve
@@ -222,106 +220,45 @@ def jackknife(statistic: Callable[..., float], *samples: Tensor) -> Estimate:
 COMPONENTS = (10, 30, 100)  # candidates for a mixture
 _CODES_PER_COMPONENT = 20  # at least
 _RIDGE = 1e-6  # added to variances of standardized codes: a latent may be constant
-_COUPLINGS, _HIDDEN = 8, (128, 128)
-_SEED = 0  # of the mixture's start, and of the flow's start and batches
-_EPOCHS, _BATCH_SIZE, _LEARNING_RATE, _CLIP_NORM = 20, 500, 2e-3, 10.0
+_SEED = 0  # of the mixture's start
 
 
-class FittedDensity(NamedTuple):
-    """A density of codes.
-
-    Args:
-        distribution: Event (L,).
-        log_density: Mean log-density of the validation codes, nats.
-        num_components: K of a mixture.
-    """
-
-    distribution: Distribution
-    log_density: Estimate
-    num_components: int | None = None
-
-
-def fit_densities(train: Tensor, validation: Tensor) -> dict[str, FittedDensity]:
-    """A "normal", a "mixture" of normals and a "flow", each fitted to codes by maximum likelihood.
+def fit_densities(train: Tensor, validation: Tensor) -> dict[str, Distribution]:
+    """A "normal" and a "mixture" of normals with full covariances, each fitted to codes by maximum likelihood.
 
     A plain autoencoder is not trained with a prior, so its decoder can be judged fairly only with codes that are drawn
-    from such a density. Codes are standardized first. Torch's global generator is left as it was.
+    from such a density. Codes are standardized first. The mixture is fitted by expectation-maximization, with as many
+    components as give validation codes the highest density; there is none without scikit-learn or with fewer than 200
+    codes.
 
     Args:
         train: (N, L) codes of training images, which are fitted to.
-        validation: (M, L) codes that choose the mixture's number of components and the flow's epoch.
+        validation: (M, L) codes that choose the mixture's number of components.
 
     Returns:
-        By name. There is no mixture without scikit-learn or with fewer than 200 codes, and no flow of one latent.
+        Distributions of event (L,), by name.
 
-    Reference: Ghosh et al. 2020, arXiv 1903.12436 (a mixture fitted to an autoencoder's codes); Dai and Wipf 2019,
-    arXiv 1903.05789 (a second model of a VAE's codes).
+    Reference: Dempster, Laird and Rubin 1977; Ghosh et al. 2020, arXiv 1903.12436 (a mixture fitted to an autoencoder's
+    codes); Dai and Wipf 2019, arXiv 1903.05789 (a second model of a VAE's codes).
     """
     L, loc, scale = train.shape[1], train.mean(0), train.std(0).clamp(min=_RIDGE)
     u, u_validation = (train - loc) / scale, (validation - loc) / scale
     covariance = torch.cov(u.T).reshape(L, L) + _RIDGE * torch.eye(L)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_SEED)
-        fitted: dict[str, Distribution | None] = {
-            "normal": MultivariateNormal(u.mean(0), covariance),
-            "mixture": _fit_mixture(u, u_validation),
-            "flow": _fit_flow(u, u_validation) if L > 1 else None,
-        }
-    found = {}
-    for name, density in fitted.items():
-        if density is not None:
-            distribution = TransformedDistribution(density, [AffineTransform(loc, scale, event_dim=1)])
-            with torch.no_grad():
-                log_density = Estimate.mean_of(distribution.log_prob(validation))
-            K = len(density.mixture_distribution.probs) if isinstance(density, MixtureSameFamily) else None
-            found[name] = FittedDensity(distribution, log_density, K)
-    return found
-
-
-def _fit_mixture(u: Tensor, validation: Tensor) -> MixtureSameFamily | None:
-    """Normals with full covariances by expectation-maximization; as many as give validation codes the highest density.
-
-    Reference: Dempster, Laird and Rubin 1977.
-    """
-    try:
+    found: dict[str, Distribution] = {"normal": MultivariateNormal(u.mean(0), covariance)}
+    with suppress(ImportError), warnings.catch_warnings():  # without the extra "sklearn" there is no mixture
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.mixture import GaussianMixture
-    except ImportError:  # the extra is not installed
-        return None
-    with warnings.catch_warnings():
+
         warnings.simplefilter("ignore", ConvergenceWarning)  # validation codes judge a candidate, converged or not
         candidates = [
             GaussianMixture(K, reg_covar=_RIDGE, tol=1e-2, max_iter=50, random_state=_SEED).fit(u.numpy())
             for K in COMPONENTS
             if len(u) >= K * _CODES_PER_COMPONENT
         ]
-    if not candidates:
-        return None
-    best = max(candidates, key=lambda candidate: candidate.score(validation.numpy()))
-    parameters = (best.weights_, best.means_, best.covariances_)
-    weights, means, covariances = (torch.as_tensor(each).to(u) for each in parameters)
-    return MixtureSameFamily(Categorical(weights), MultivariateNormal(means, covariances))
-
-
-@torch.enable_grad()
-def _fit_flow(u: Tensor, validation: Tensor) -> Distribution:
-    """Affine couplings from N(0, I), by Adam with a cosine schedule; the epoch of the best validation density."""
-    prior = FlowPrior(u.shape[1], coupling=affine_coupling, num_layers=_COUPLINGS, hidden=_HIDDEN)
-    optimizer = torch.optim.Adam(prior.parameters(), lr=_LEARNING_RATE)
-    batches = -(-len(u) // _BATCH_SIZE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _EPOCHS * batches)
-    best, weights = -torch.inf, copy.deepcopy(prior.state_dict())
-    for _ in range(_EPOCHS):
-        for index in torch.randperm(len(u)).split(_BATCH_SIZE):
-            loss = -prior().log_prob(u[index]).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(prior.parameters(), _CLIP_NORM)
-            optimizer.step()
-            schedule.step()
-        with torch.no_grad():
-            reached = float(prior().log_prob(validation).mean())
-        if reached > best:
-            best, weights = reached, copy.deepcopy(prior.state_dict())
-    prior.load_state_dict(weights)
-    return prior().expand(())
+        if candidates:
+            best = max(candidates, key=lambda candidate: candidate.score(u_validation.numpy()))
+            parameters = (best.weights_, best.means_, best.covariances_)
+            weights, means, covariances = (torch.as_tensor(each).to(u) for each in parameters)
+            found["mixture"] = MixtureSameFamily(Categorical(weights), MultivariateNormal(means, covariances))
+    to_codes = AffineTransform(loc, scale, event_dim=1)
+    return {name: TransformedDistribution(density, [to_codes]) for name, density in found.items()}

@@ -16,7 +16,6 @@ from ppl_vae.study.results import Difference, RunNumbers, StudyNumbers
 
 Value = Estimate | Difference | float | None
 
-_MOST_EIGENVALUES = 200
 _NEAR = 3.0  # nats below the best bound that its figure shows
 
 
@@ -62,7 +61,7 @@ def _set_beta_axis(axes: Axes) -> None:
 
 
 def draw_rate_distortion(study: StudyNumbers) -> Figure:
-    """Distortion against rate, with the line of the best ELBO and the mean over pixels."""
+    """Distortion against rate, with the line of the best ELBO."""
     figure, panels = _make_panels(study, height=4.2)
     for dataset, axes in panels.items():
         sweep = study.find_sweep(dataset)
@@ -71,10 +70,7 @@ def draw_rate_distortion(study: StudyNumbers) -> Figure:
         axes.plot(rate, distortion, "o-", markersize=4.5, label="along beta")
         for run, x, y in zip(sweep, rate, distortion, strict=True):
             axes.annotate(f"{run.beta:g}", (x, y), (5, 5), textcoords="offset points", fontsize=8)
-        limits = axes.get_xlim(), axes.get_ylim()
-        for mean in study.find_runs([name_run(dataset, "mean-over-pixels")]):
-            axes.plot(_mean(mean.kl), -_mean(mean.reconstruction), "X", markersize=8, label="a mean over pixels")
-        best = (rate + distortion).min()
+        best, limits = (rate + distortion).min(), (axes.get_xlim(), axes.get_ylim())
         axes.axline((0, best), slope=-1, color="black", linewidth=0.7, linestyle=":", label="the best ELBO")
         axes.set(xlabel="rate: KL, nats per image", ylabel="distortion: -E[log p(x | z)], nats")
         axes.set(xlim=limits[0], ylim=limits[1])
@@ -114,29 +110,10 @@ def draw_active(study: StudyNumbers) -> Figure:
         predicted = [min(L, study.count_directions(run)) for run in runs]
         axes.plot([run.beta for run in runs], predicted, "--", color="C1", label="predicted: linear VAE")
         _draw_curve(axes, runs, [run.active for run in runs], label="measured", color="C0")
-        for mean in study.find_runs([name_run(dataset, "mean-over-pixels")]):
-            axes.plot(study.threshold(mean), _mean(mean.active), "X", color="C3", label="a mean over pixels")
         _set_beta_axis(axes)
         axes.set_ylabel(f"active latents of {L}")
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend()
-    return figure
-
-
-def draw_spectrum(study: StudyNumbers) -> Figure:
-    """Eigenvalues of the data's covariance in units of the likelihood's noise, with the thresholds of sum and mean."""
-    figure = Figure(figsize=(7.0, 4.0), layout="constrained")
-    axes = figure.subplots()
-    thresholds = {"sum over pixels": 1.0}
-    for name, data in study.data.items():
-        values = data.eigenvalues[:_MOST_EIGENVALUES]
-        axes.plot(range(1, len(values) + 1), values, ".-", linewidth=1, label=name, markersize=4)
-        thresholds[f"mean over {data.num_pixels:,} pixels"] = float(data.num_pixels)
-    for name, threshold in thresholds.items():
-        axes.axhline(threshold, color="black", linewidth=0.9, linestyle="--")
-        axes.text(0.985, 1.08 * threshold, name, transform=axes.get_yaxis_transform(), ha="right", va="bottom")
-    axes.set(xscale="log", yscale="log", xlabel="direction, by eigenvalue", ylabel="eigenvalue / noise")
-    axes.legend(loc="center right")
     return figure
 
 
@@ -167,7 +144,6 @@ def draw_aggregate(study: StudyNumbers) -> Figure:
 
 
 _FIGURES: dict[str, Callable[[StudyNumbers], Figure]] = {
-    "spectrum": draw_spectrum,
     "active": draw_active,
     "rate-distortion": draw_rate_distortion,
     "bounds": draw_bounds,

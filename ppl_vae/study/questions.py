@@ -6,7 +6,6 @@ import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +13,10 @@ from PIL import Image
 
 from ppl_vae import runs
 from ppl_vae.evidence.estimate import INDISTINCT, Estimate
-from ppl_vae.parts.registry import SCALE_MAPS
 from ppl_vae.reports.page.blocks import Block, Picture, Section, Slider, SliderStop, Table, Text, true_minus
 from ppl_vae.reports.text.pages import CAPTIONS, COMPARED_PICTURES, NOT_RANKED, QUESTIONS
-from ppl_vae.study.plan import REMEDIED_NETWORKS, REMEDIES, name_run, remedy_name, sweep_name, varied_names
-from ppl_vae.study.results import Difference, Quality, StudyNumbers
+from ppl_vae.study.plan import name_run, remedy_names, sweep_name, varied_names
+from ppl_vae.study.results import Difference, StudyNumbers
 
 Cell = Estimate | Difference | str | float | int | None
 Row = list[Cell]
@@ -61,11 +59,11 @@ def _format_cell(value: Cell) -> str | float | int | None:
     return true_minus(value) if isinstance(value, str) else value
 
 
-def _make_table(name: str, columns: Sequence[str], rows: Sequence[Row], **words: str) -> list[Block]:
+def _make_table(name: str, columns: Sequence[str], rows: Sequence[Row]) -> list[Block]:
     """A table without columns that are empty in every row; nothing if there is no row. ``name``: of its caption."""
     kept = [k for k in range(len(columns)) if any(row[k] is not None for row in rows)]
     cells = [[_format_cell(row[k]) for k in kept] for row in rows]
-    return [Table([columns[k] for k in kept], cells, CAPTIONS[name].format(**words))] if rows else []
+    return [Table([columns[k] for k in kept], cells, CAPTIONS[name])] if rows else []
 
 
 def _make_section(anchor: str, *parts: Sequence[Block], **numbers: float) -> Section:
@@ -123,16 +121,16 @@ def explain_beta(source: PageSource) -> Section:
     for run in (run for dataset in study.datasets for run in study.find_sweep(dataset)):
         beta = f"{run.beta:g}" + (" *" if run.reliable is False else "")
         bounds = [run.kl, format_mean(run.reconstruction, scale=-1), run.elbo, run.log_likelihood]
-        differences = study.find_differences("beta", run.name)
-        rows.append([run.dataset, beta, *bounds, *differences, run.gap, run.active, run.implied_beta])
+        rows.append(
+            [run.dataset, beta, *bounds, *study.find_differences("beta", run.name), run.active, run.implied_beta]
+        )
     columns = ["data", "beta", "rate", "distortion", "ELBO", "L_S", "ELBO - that of beta = 1", "L_S - that of beta = 1"]
     return _make_section(
         "beta",
         *(_make_slider(source, dataset) for dataset in study.datasets),
         source.show_figure("rate-distortion"),
         source.show_figure("bounds"),
-        _make_table("beta", [*columns, "L_S - ELBO", "active", "implied beta"], rows),
-        _tabulate_seeds(study),
+        _make_table("beta", [*columns, "active", "implied beta"], rows),
     )
 
 
@@ -151,20 +149,8 @@ def _make_slider(source: PageSource, dataset: str) -> list[Block]:
     name, originals = source.read_originals(dataset)
     if not stops or originals is None:
         return []
-    start = next((place for place, stop in enumerate(stops) if stop.label == "1"), 0)  # that run may have failed
+    start = [stop.label for stop in stops].index("1")
     return [Slider("beta", stops, CAPTIONS["slider"].format(dataset=dataset), fixed=(name, originals), start=start)]
-
-
-def _tabulate_seeds(study: StudyNumbers) -> list[Block]:
-    """Both bounds for several seeds of one beta."""
-    rows: list[Row] = []
-    dataset = study.datasets[0]
-    for beta, (bound, word) in product(study.settings.close_betas, (("log_likelihood", "L_S"), ("elbo", "ELBO"))):
-        found = study.find_runs(sweep_name(dataset, beta, seed) for seed in (0, *study.settings.seeds))
-        values = [getattr(run, bound).mean for run in found]
-        if len(values) > 1:
-            rows.append([beta, word, ", ".join(f"{value:.2f}" for value in values), float(np.std(values, ddof=1))])
-    return _make_table("seeds", ["beta", "bound", "by seed", "spread"], rows, dataset=dataset)
 
 
 def explain_check(source: PageSource) -> Section:
@@ -178,75 +164,53 @@ def explain_check(source: PageSource) -> Section:
             information = format_mean(match.mutual_information)
             if match.saturated:
                 information = f"{information} (cap)"
-            largest = [match.largest_mean, match.largest_log_scale, match.largest_distance, match.rejected]
-            shares = [match.classifier, _format_share(match.holes), information, match.marginal_kl]
-            rows.append([dataset, model, run.active, *largest, *shares])
-    columns = [
-        "data",
-        "beta",
-        "active",
-        "largest |mean|",
-        "largest |log scale|",
-        "largest KS",
-        "rejected",
-        "classifier",
-    ]
-    table = _make_table("check", [*columns, "holes", "mutual information", "KL to prior"], rows)
-    return _make_section("check", source.show_figure("aggregate"), table)
+            distances: Row = [match.largest_distance, match.classifier, _format_share(match.holes)]
+            rows.append([dataset, model, run.active, *distances, information, match.marginal_kl])
+    columns = ["data", "beta", "active", "largest KS", "classifier", "holes", "mutual information", "KL to prior"]
+    return _make_section("check", source.show_figure("aggregate"), _make_table("check", columns, rows))
 
 
 def explain_blur(source: PageSource) -> Section:
     """Why do VAEs blur, and autoencoders too?"""
     pictures: list[Block] = []
-    parts: list[Row] = []
-    for dataset, blur in source.study.blur.items():
+    for dataset in source.study.datasets:
         models = {"the VAE": sweep_name(dataset), "the autoencoder": name_run(dataset, "autoencoder")}
         for name, words in COMPARED_PICTURES.items():
             named = [source.read_originals(dataset)] if name == "reconstructions" else []
             named += [(model, source.read_picture(run, name)) for model, run in models.items()]
             pictures += _stack_strips(named, f"{dataset}. {words}")
-        parts += [[dataset, k.replace("_", " "), part, _format_share(blur.shares[k])] for k, part in blur.parts.items()]
-    table = _make_table("error-parts", ["data", "part of the error", "squared error", "share"], parts)
-    return _make_section("blur", pictures, table, _tabulate_error(source.study), _tabulate_samples(source.study))
+    return _make_section("blur", pictures, _tabulate_error(source.study), _tabulate_samples(source.study))
 
 
 def _tabulate_error(study: StudyNumbers) -> list[Block]:
     """Reconstructions of the VAE and the autoencoder, by the number of latents."""
     rows: list[Row] = []
-    for dataset, blur in study.blur.items():
-        varied = [f"latents-{L}" for L in study.settings.latent_dims] + ["autoencoder-2", "autoencoder"]
-        found = study.find_runs([sweep_name(dataset), *(name_run(dataset, each) for each in varied)])
-        for run in sorted(found, key=lambda run: (run.is_autoencoder, run.options["latent_dim"])):
+    for dataset in study.datasets:
+        names = [
+            *varied_names(study.settings, dataset),
+            *(name_run(dataset, f"autoencoder{end}") for end in ("-2", "")),
+        ]
+        for run in sorted(study.find_runs(names), key=lambda run: (run.is_autoencoder, run.options["latent_dim"])):
             parts = run.blur
-            assert parts is not None
-            split = [None, None] if run.is_autoencoder else [parts.posterior_noise, parts.bias]
-            cells = [run.options["latent_dim"], run.reconstruction, parts.sharpness, parts.error, *split]
-            rows.append([dataset, run.model, *cells])
-        for model, latents, pair in (("neighbors", 2, blur.neighbors), ("the binary image", None, blur.binary)):
-            if pair:
-                rows.append([dataset, model, latents, None, pair["sharpness"], pair["error"], None, None])
+            if parts is not None:
+                noise = [None, None] if run.is_autoencoder else [parts.posterior_noise, parts.bias]
+                cells = [run.options["latent_dim"], run.reconstruction, parts.sharpness, parts.error, *noise]
+                rows.append([dataset, run.model, *cells])
     columns = ["data", "model", "latents", "reconstruction, nats", "power", "squared error"]
     return _make_table("errors", [*columns, "posterior noise", "the rest"], rows)
 
 
 def _tabulate_samples(study: StudyNumbers) -> list[Block]:
     """Samples of the prior and of densities that were fitted to codes."""
-
-    def make_row(dataset: str, model: str, source: str | None, quality: Quality, *fitted: Cell) -> Row:
-        return [dataset, model, source, *(fitted or (None, None)), *vars(quality).values()]
-
     rows: list[Row] = []
-    for dataset, blur in study.blur.items():
+    for dataset in study.datasets:
         for run in study.find_runs([sweep_name(dataset), name_run(dataset, "autoencoder")]):
-            assert run.samples is not None
-            rows.append(make_row(dataset, run.model, "prior", run.samples))
-            for word, density in run.densities.items():
-                source = f"fitted {word}" + (f" of {density.num_components}" if density.num_components else "")
-                fitted = density.num_codes, density.log_density
-                rows.append(make_row(dataset, run.model, source, density.quality, *fitted))
-        rows.append(make_row(dataset, "other real images", None, blur.floor))
-    columns = ["data", "model", "codes from", "fitted to", "log density", "power", "Fréchet", "classifier"]
-    return _make_table("samples", columns, rows)
+            sources = {"prior": run.samples} | {f"fitted {word}": each for word, each in run.densities.items()}
+            for name, each in sources.items():
+                rows.append([dataset, run.model, name, each.sharpness, each.frechet, each.classifier])
+        real = study.data[dataset].real
+        rows.append([dataset, "other real images", None, real.sharpness, real.frechet, real.classifier])
+    return _make_table("samples", ["data", "model", "codes from", "power", "Fréchet", "classifier"], rows)
 
 
 def explain_averaging(source: PageSource) -> Section:
@@ -255,55 +219,39 @@ def explain_averaging(source: PageSource) -> Section:
     pictures: list[Block] = []
     rows: list[Row] = []
     for dataset in study.datasets:
-        compared = {"the sum": sweep_name(dataset), "the mean": name_run(dataset, "mean-over-pixels")}
-        compared["the sum with beta = D"] = name_run(dataset, "beta-of-mean")
+        compared = {"beta = 1": sweep_name(dataset), "beta = D": name_run(dataset, "beta-of-mean")}
         named = [(words, source.read_picture(name, "reconstructions")) for words, name in compared.items()]
-        pictures += _stack_strips(
-            [source.read_originals(dataset), *named], CAPTIONS["averaged-pictures"].format(dataset=dataset)
-        )
-        names = dict.fromkeys([*compared.values(), *(run.name for run in study.find_sweep(dataset))])
-        for run in study.find_runs(names):
-            directions, sum_or_mean = study.count_directions(run), "mean" if run.averaged else "sum"
+        caption = CAPTIONS["averaged-pictures"].format(dataset=dataset)
+        pictures += _stack_strips([source.read_originals(dataset), *named], caption)
+        for run in [*study.find_sweep(dataset), *study.find_runs([compared["beta = D"]])]:
+            directions = study.count_directions(run)
             agrees = "yes" if (directions == 0) == (run.active == 0) else "no"
-            condition: Row = [dataset, sum_or_mean, run.beta, study.threshold(run), directions]
-            rows.append([*condition, run.active, _format_share(run.variation), run.kl, run.reconstruction, agrees])
-    columns = ["data", "pixels", "beta", "threshold", "directions above", "active", "variation", "KL"]
-    table = _make_table("averaging", [*columns, "reconstruction", "as predicted"], rows)
-    return _make_section("averaging", source.show_figure("spectrum"), source.show_figure("active"), pictures, table)
+            cells: Row = [run.active, _format_share(run.variation), run.kl, run.reconstruction, agrees]
+            rows.append([dataset, run.beta, directions, *cells])
+    columns = ["data", "beta", "directions above", "active", "variation", "KL", "reconstruction", "as predicted"]
+    return _make_section("averaging", source.show_figure("active"), pictures, _make_table("averaging", columns, rows))
 
 
 def explain_collapse(source: PageSource) -> Section:
     """What helps against posterior collapse?"""
     study = source.study
     rows: list[Row] = []
-    for network, remedy in product(REMEDIED_NETWORKS, REMEDIES):
-        for run in study.find_runs([remedy_name(study.datasets[0], network, remedy)]):
-            _, gain = study.find_differences("collapse", run.name)
-            rows.append([network, remedy, run.active, run.kl, run.elbo, run.log_likelihood, gain])
-    columns = ["network", "remedy", "active", "KL", "ELBO", "L_S", "L_S - that of none"]
+    for remedy, name in remedy_names(study.datasets[0]).items():
+        run, (_, gain) = study.runs[name], study.find_differences("collapse", name)
+        rows.append([remedy, run.active, run.kl, run.elbo, run.log_likelihood, gain])
+    columns = ["remedy", "active", "KL", "ELBO", "L_S", "L_S - that of none"]
     return _make_section("collapse", _make_table("collapse", columns, rows))
 
 
-def explain_networks(source: PageSource) -> Section:
-    """Which network, and how many latents?"""
+def explain_latents(source: PageSource) -> Section:
+    """How many latents?"""
     study = source.study
     rows: list[Row] = []
     for run in study.find_runs(varied_names(study.settings, study.datasets[0])):
-        _, gain = study.find_differences("networks", run.name)
-        size = [run.options["network"], run.options["latent_dim"], run.active, run.parameters]
-        rows.append([*size, run.seconds, run.elbo, run.log_likelihood, gain])
-    columns = ["network", "latents", "active", "weights", "seconds", "ELBO", "L_S", "L_S - that of the base"]
-    return _make_section("networks", _make_table("networks", columns, rows))
-
-
-def explain_scale_maps(source: PageSource) -> Section:
-    """Does it matter how the guide's scales are kept positive?"""
-    rows: list[Row] = []
-    for scale_map in SCALE_MAPS:
-        run = source.study.runs[name_run(source.study.datasets[0], f"stress-{scale_map}")]
-        rows.append([scale_map, "yes" if run.failed is None else "no", run.step, run.elbo, run.failed])
-    table = _make_table("scale-maps", ["map", "finished", "last step", "ELBO", "message"], rows)
-    return _make_section("scale-maps", table)
+        _, gain = study.find_differences("latents", run.name)
+        rows.append([run.options["latent_dim"], run.active, run.elbo, run.log_likelihood, gain])
+    columns = ["latents", "active", "ELBO", "L_S", "L_S - that of the base"]
+    return _make_section("latents", _make_table("latents", columns, rows))
 
 
 def explain_method(source: PageSource) -> Section:
@@ -314,7 +262,7 @@ def explain_method(source: PageSource) -> Section:
         for word, each in study.data.items()
     ]
     table = _make_table("data", ["data", "what it is", "train", "validation", "test", "floor"], rows)
-    numbers = {name: study.seconds.get(name, 0.0) / 60 for name in ("training", "evaluation", "measuring")}
+    numbers = {name: seconds / 60 for name, seconds in study.seconds.items()}
     numbers |= {name: getattr(settings, name) for name in ("epochs", "num_particles", "images")}
     return _make_section("method", table, **numbers)
 
@@ -325,7 +273,6 @@ EXPLANATIONS: tuple[Callable[[PageSource], Section], ...] = (
     explain_blur,
     explain_averaging,
     explain_collapse,
-    explain_networks,
-    explain_scale_maps,
+    explain_latents,
     explain_method,
 )

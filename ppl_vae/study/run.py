@@ -2,55 +2,34 @@
 
 from __future__ import annotations
 
-import math
-import shutil
 import signal
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import pyro
-from pyro.poutine.runtime import Message
-from pyro.poutine.scale_messenger import ScaleMessenger
-from torch import Tensor
-
-from ppl_vae import data, runs
+from ppl_vae import runs
 from ppl_vae.commands.options import RunStudy
-from ppl_vae.commands.run_series import check_same_options
-from ppl_vae.commands.train import evaluate_trained_run, resume_run, train_run
+from ppl_vae.commands.run_series import check_same_options, train_or_resume
 from ppl_vae.diagnostics.likelihood import measure_noise
-from ppl_vae.objectives import Loss, loss_of_batch
-from ppl_vae.protocols import StochasticFunction
 from ppl_vae.reports.page.blocks import Section, Text, page
 from ppl_vae.reports.page.explorer import make_explorer
 from ppl_vae.reports.text.pages import QUESTIONS, SUBTITLE, TITLE
-from ppl_vae.runs.build import build_likelihood, build_vae
-from ppl_vae.runs.load import save
+from ppl_vae.runs.build import build_likelihood
 from ppl_vae.runs.open import Say, open_run
-from ppl_vae.runs.options import Options, compiling_pays
+from ppl_vae.runs.options import compiling_pays
 from ppl_vae.runs.outputs import make_output_folder, write_figure
-from ppl_vae.runs.resolve import (
-    choose_pixels,
-    count_steps,
-    find_device,
-    fit_arguments,
-    initialize_output_bias,
-    load_splits,
-    resolve,
-)
+from ppl_vae.runs.resolve import count_steps, find_device, resolve
 from ppl_vae.runs.results import is_evaluated, read_evaluation, to_json
 from ppl_vae.runtime import capture
-from ppl_vae.runtime.errors import Interrupted, NotFinite
+from ppl_vae.runtime.errors import Interrupted
 from ppl_vae.runtime.process import progress_bar
 from ppl_vae.study.data import MOST_TRAINING_IMAGES, StudyData, load_study_data, write_strip
 from ppl_vae.study.figures import draw_figures
-from ppl_vae.study.measure import compare_bounds, measure_run, split_blur
+from ppl_vae.study.measure import compare_bounds, measure_run
 from ppl_vae.study.plan import DEFAULT, QUICK, Planned, Size, base, name_run, plan, sweep_name
 from ppl_vae.study.questions import EXPLANATIONS, PageSource, format_mean
-from ppl_vae.study.results import FAILURE, RUNS, STUDY, DataNumbers, RunNumbers, StudyNumbers, read_study
-from ppl_vae.training import Callbacks, fit
+from ppl_vae.study.results import RUNS, STUDY, DataNumbers, RunNumbers, StudyNumbers, read_study
 
 LoadedData = dict[str, StudyData]
 
@@ -146,9 +125,8 @@ def choose_compiled(planned: Sequence[Planned], loaded: LoadedData) -> list[Plan
         return list(planned)
 
     def graph(each: Planned) -> tuple[object, ...]:
-        names = ("network", "latent_dim", "posterior", "scale_map", "objective", "free_bits", "clip_norm")
-        shape = loaded[each.dataset].splits.event_shape
-        return (*(getattr(each.options, name) for name in names), *shape, each.averaged)
+        names = ("latent_dim", "posterior", "objective", "free_bits")
+        return (*(getattr(each.options, name) for name in names), *loaded[each.dataset].splits.event_shape)
 
     steps: Counter[object] = Counter()
     for each in planned:
@@ -181,100 +159,29 @@ def _make_folder(folder: Path, planned: Sequence[Planned], loaded: LoadedData) -
 
 def _train_and_measure(folder: Path, planned: Sequence[Planned], loaded: LoadedData, say: Say) -> dict[str, RunNumbers]:
     """The numbers of each run, in the order of training."""
+
+    def keep_quiet(line: str) -> None:
+        """The run's folder holds what is said of it."""
+
     found = {}
     finished = {each.name for each in planned if is_finished(folder / RUNS / each.name)}
     with progress_bar(total=len(planned), initial=len(finished), unit="run", desc="study") as bar:
         for each in planned:
             bar.set_description(each.name)
             if each.name not in finished:
-                train_planned(each, folder / RUNS)
-            numbers = found[each.name] = measure_run(each, folder, loaded[each.dataset])
+                train_or_resume(folder / RUNS / each.name, each.options, None, say=keep_quiet, draw=False)
+            run = found[each.name] = measure_run(each, folder, loaded[each.dataset])
             if each.name not in finished:
-                say(describe_run(numbers))
+                numbers = {"reconstruction": run.reconstruction, "KL": run.kl, "L_S": run.log_likelihood}
+                words = [f"{name} {format_mean(value)}" for name, value in numbers.items() if value is not None]
+                say(f"{run.name}: {', '.join(words)} nats")
                 bar.update()
     return found
 
 
-def describe_run(run: RunNumbers) -> str:
-    """One run in a line."""
-    if run.failed is not None:
-        return f"{run.name}: ended by {run.failed}"
-    numbers = {"reconstruction": run.reconstruction, "KL": run.kl, "L_S": run.log_likelihood}
-    words = [f"{name} {format_mean(value)}" for name, value in numbers.items() if value is not None]
-    return f"{run.name}: {', '.join(words)} nats"
-
-
 def is_finished(run_dir: Path) -> bool:
-    """Whether a run was trained to the end and evaluated, which comes last, or was ended by a NaN."""
-    return (run_dir / FAILURE).exists() or ((run_dir / runs.MODEL).exists() and is_evaluated(run_dir))
-
-
-def train_planned(planned: Planned, folder: Path) -> None:
-    """Trains a run, or the rest of it, and evaluates it.
-
-    A run that meets a NaN is a result, too: it leaves ``failure.json`` with the message in its folder.
-    """
-
-    def say(line: str) -> None:
-        """The run's folder holds what it says."""
-
-    run_dir = folder / planned.name
-    try:
-        if planned.averaged:
-            if not (run_dir / runs.MODEL).exists():
-                _train_averaged(planned.options, run_dir)
-            evaluate_trained_run(open_run(str(run_dir)), say=say)
-        elif (run_dir / runs.CONFIG).exists():
-            resume_run(str(run_dir), epochs=None, say=say, draw=False)
-        else:
-            train_run(planned.options, str(run_dir), say=say, draw=False)
-    except NotFinite as error:
-        run_dir.mkdir(exist_ok=True)  # an averaged run has a folder only once it is whole
-        runs.write_json(run_dir / FAILURE, {"error": str(error)})
-
-
-class MeanOverPixels(ScaleMessenger):
-    """log p(x | z) / D: what a loss that is averaged over pixels does to a model, as an effect handler.
-
-    It scales the observed site by 1 / D, so that the objective is rec / D - KL, which has the optimum of beta = D. The
-    library itself never averages.
-    """
-
-    def __init__(self, num_pixels: int) -> None:
-        super().__init__(1 / num_pixels)
-
-    def _process_message(self, msg: Message) -> None:
-        if msg["type"] == "sample" and msg["is_observed"]:
-            super()._process_message(msg)
-
-
-def average_over_pixels(loss: Loss, num_pixels: int) -> Loss:
-    """The loss of a model whose pixels are averaged."""
-
-    def averaged(model: StochasticFunction, guide: StochasticFunction, x: Tensor) -> Tensor:
-        return loss_of_batch(loss, MeanOverPixels(num_pixels)(model), guide, x)
-
-    return averaged
-
-
-def _train_averaged(options: Options, run_dir: Path) -> None:
-    """Trains as the command ``train`` does it, but for the objective: no option asks for a mean."""
-    splits = load_splits(options)
-    resolved = resolve(options, splits)
-    pixels = choose_pixels(resolved, splits)
-    stored, transform = data.training_images(splits, pixels)
-    pyro.set_rng_seed(resolved.seed)
-    vae = build_vae(resolved, splits.event_shape)
-    initialize_output_bias(vae, data.initialization_images(splits, pixels))
-    metrics: list[dict[str, Any]] = []
-    arguments = fit_arguments(resolved, data.evaluation_images(splits, "validation", pixels))
-    arguments["objective"] = average_over_pixels(arguments["objective"], math.prod(splits.event_shape))
-    callbacks, compiled = Callbacks(on_epoch=metrics.append), resolved.compile == "on"
-    fit(vae, stored, **arguments, transform=transform, callbacks=callbacks, compile=compiled)
-    partial = run_dir.with_name(f".{run_dir.name}.partial")  # renamed when whole: a folder that exists is a whole run
-    shutil.rmtree(partial, ignore_errors=True)
-    save(vae, partial, resolved, metrics=metrics)
-    partial.replace(run_dir)
+    """Whether a run was trained to the end and evaluated, which comes last."""
+    return (run_dir / runs.MODEL).exists() and is_evaluated(run_dir)
 
 
 def _assemble_numbers(
@@ -291,7 +198,6 @@ def _assemble_numbers(
         environment=runs.describe_environment("cpu"),
         seconds={what: sum(getattr(run, field) or 0.0 for run in found.values()) for what, field in fields.items()},
         differences=compare_bounds(place, size, tuple(loaded)),
-        blur={word: blur for word in loaded if (blur := split_blur(place, found, loaded[word])) is not None},
     )
 
 
@@ -309,6 +215,7 @@ def _describe_data(place: Path, each: StudyData) -> DataNumbers:
         eigenvalues=tuple(noise.eigenvalues.tolist()),
         edge=noise.edge,
         floor=None if evaluation is None else evaluation.floor,
+        real=each.measure_quality(each.load_images("validation", each.num_images, gray=True)),
         originals=each.originals,
     )
 
@@ -342,10 +249,6 @@ def compose_page(study: StudyNumbers, folder: Path) -> str:
     explorers = [make_explorer(open_run(str(place))) for place in places if (place / runs.MODEL).exists()]
     title, words = QUESTIONS["explore"]
     sections.append(Section(title, [Text(words), *explorers], anchor="explore"))
-    subtitle = SUBTITLE.format(
-        trainings=len(study.runs),
-        datasets=" and ".join(study.datasets),
-        failed=sum(run.failed is not None for run in study.runs.values()),
-        size=study.size,
-    )
+    datasets = " and ".join(study.datasets)
+    subtitle = SUBTITLE.format(trainings=len(study.runs), datasets=datasets, size=study.size)
     return page(TITLE, sections, subtitle=subtitle)

@@ -29,9 +29,9 @@ def study(tmp_path_factory: pytest.TempPathFactory, bars_file: Path) -> tuple[Pa
         if len(trained) == 5:
             raise Killed
 
-    train = run.train_planned
+    train = run.train_or_resume
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "train_planned", train_five)
+        patch.setattr(run, "train_or_resume", train_five)
         with pytest.raises(Killed):
             run_tiny_study(folder, bars_file)
     return folder, run_tiny_study(folder, bars_file)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,13 +12,11 @@ from small_study import TINY, raise_killed, run_tiny_study, without_times
 
 from ppl_vae import data, runs
 from ppl_vae.commands.options import RunStudy
-from ppl_vae.diagnostics import verdicts
-from ppl_vae.runs.options import PLAIN, Options
+from ppl_vae.runs.options import PLAIN
 from ppl_vae.runs.results import read_per_image, to_json
-from ppl_vae.runtime.errors import NotFinite
 from ppl_vae.study import measure, plan, run
 from ppl_vae.study.plan import DEFAULT
-from ppl_vae.study.results import FAILURE, StudyNumbers, read_study
+from ppl_vae.study.results import StudyNumbers, read_study
 
 Study = tuple[Path, StudyNumbers]
 
@@ -58,7 +55,7 @@ def test_a_killed_study_ends_with_the_numbers_of_an_uninterrupted_one(
 def test_a_finished_study_trains_and_measures_nothing_again(
     study: Study, bars_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "train_planned", raise_killed)
+    monkeypatch.setattr(run, "train_or_resume", raise_killed)
     monkeypatch.setattr(measure, "measure", raise_killed)
     assert without_times(to_json(run_tiny_study(study[0], bars_file))) == without_times(to_json(study[1]))
 
@@ -124,58 +121,3 @@ def test_directions_are_kept_above_the_eigenvalues_of_permuted_pixels(numbers: S
     assert numbers.data["bars"].edge == pytest.approx(edge, rel=0.1)
     kept = int((np.linalg.eigvalsh(np.corrcoef(x.T)) > edge).sum())
     assert numbers.count_directions(numbers.runs["bars-beta-1"]) == kept
-
-
-def test_the_parts_of_the_error_are_those_of_the_diagnoses(numbers: StudyNumbers) -> None:
-    parts = numbers.blur["bars"].parts
-    vae, autoencoder = (numbers.runs[f"bars-{name}"].blur for name in ("beta-1", "autoencoder"))
-    assert vae is not None
-    assert autoencoder is not None
-    assert parts["posterior_noise"].mean == pytest.approx(vae.posterior_noise.mean, abs=2 * vae.posterior_noise.stderr)
-    assert parts["autoencoder_error"].mean == pytest.approx(autoencoder.error.mean, rel=1e-4)
-    total = sum(part.mean for part in parts.values())
-    assert total == pytest.approx(vae.error.mean, abs=2 * vae.error.stderr)
-
-
-# --- What was measured before ---
-
-
-def test_a_training_that_met_a_nan_is_reported_and_not_repeated(study: Study, tmp_path: Path, bars_file: Path) -> None:
-    copy = tmp_path / "copy"
-    shutil.copytree(study[0], copy)
-    failed = copy / "runs" / "bars-stress-exp"
-    for file in failed.iterdir():
-        file.unlink()
-    runs.write_json(failed / FAILURE, {"error": "step 2: site 'z': NaN"})
-    found = run_tiny_study(copy, bars_file)
-    assert found.runs["bars-stress-exp"].failed == "step 2: site 'z': NaN"
-    assert found.find_runs(["bars-stress-exp"]) == []
-
-
-@pytest.mark.parametrize(("most", "expected"), [(1e3, True), (-1e3, False)])
-def test_a_bound_that_may_still_rise_is_not_reliable(
-    study: Study, most: float, expected: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(verdicts, "MOST_RISE", most)
-    monkeypatch.setattr(verdicts, "MOST_UNRELIABLE", 1.0)
-    per_image = read_per_image(study[0] / "runs" / "bars-beta-1", "test")
-    assert per_image is not None
-    assert measure.has_settled(per_image) is expected
-
-
-@pytest.mark.parametrize("averaged", [False, True])
-def test_a_run_that_meets_a_nan_leaves_its_reason(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, averaged: bool
-) -> None:
-    def fail_in_its_folder(options: Options, run_dir: str, **words: object) -> None:
-        Path(run_dir).mkdir()
-        raise NotFinite("step 2: site 'z': NaN")
-
-    def fail_without_a_folder(options: Options, run_dir: Path) -> None:
-        raise NotFinite("step 2: site 'z': NaN")
-
-    monkeypatch.setattr(run, "train_run", fail_in_its_folder)
-    monkeypatch.setattr(run, "_train_averaged", fail_without_a_folder)
-    run.train_planned(plan.Planned("a", Options(), averaged=averaged), tmp_path)
-    assert runs.read_json(tmp_path / "a" / FAILURE) == {"error": "step 2: site 'z': NaN"}
-    assert run.is_finished(tmp_path / "a")

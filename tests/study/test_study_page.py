@@ -28,12 +28,12 @@ def study_folder(study) -> Path:
 
 def test_the_report_has_every_section_and_figure(study_folder):
     html = (study_folder / "report.html").read_text()
-    assert len(headings(html)) == 9
+    assert len(headings(html)) == 8
     figures = list((study_folder / "figures").glob("*.png"))
-    assert len(figures) == 5
+    assert len(figures) == 4
     assert all(base64.b64encode(path.read_bytes()).decode() in html for path in figures)
 
 
 def test_the_stored_study_has_a_page_without_its_pictures(tmp_path):
     stored = read_study(Path(__file__).parents[2] / "scripts" / "results")
-    assert len(headings(compose_page(stored, tmp_path))) == 9
+    assert len(headings(compose_page(stored, tmp_path))) == 8

@@ -215,7 +215,7 @@ depends on the guide, on training images, in a training that ends. Read the colu
 paired on the same test images. "Not distinguishable" means that the 95% interval, corrected for the number of
 comparisons, contains zero. A star marks an estimate that has not settled: with more importance samples it may still
 rise, so log p(x) itself may be higher there. Peaks are chosen on the test images that they are reported on, from one
-training for each beta; the second table shows how much another seed changes.""",
+training for each beta.""",
     ),
     "check": (
         "How do I check that the regularization worked?",
@@ -233,25 +233,23 @@ empty: read both together. The autoencoder was never asked to match anything."""
 What is shown as a reconstruction is a mean of all images that the decoder holds possible for a code; a mean of sharp
 images that differ is not sharp. **Why a VAE blurs:** the guide's noise makes several images share a code, and the error
 of one reconstruction splits exactly into that "posterior noise" and the error that is left without it. **Why an
-autoencoder blurs:** it has no noise, but a short code still leaves open which image it was: the table of latents shows
-how sharpness grows with their number. With two latents, compare its reconstructions with "neighbors", the means of the
-20 training images whose codes are nearest: a reconstruction is such a mean. Power above one is noise, not detail: it
-comes from binary inputs.
+autoencoder blurs:** it has no noise, but a short code still leaves open which image it was: the table shows how
+sharpness grows with the number of latents. Power above one is noise, not detail: it comes from binary inputs.
 
 **Samples.** The autoencoder was never trained with a prior, so decoding N(0, I) judges it unfairly. The rows "fitted"
 decode draws of a density that was fitted to the codes of training images afterwards, which is the fair comparison: a
-normal, a mixture of normals (validation codes choose their number) and a flow. Fréchet distances are in principal
-components of the training images; the row "other real images" is what real images would have.""",
+normal, or a mixture of normals, whose number validation codes choose. Fréchet distances are in principal components of
+the training images; the row "other real images" is what real images would have.""",
     ),
     "averaging": (
         "What does averaging over pixels do?",
         """\
 A loss that is averaged over the D pixels instead of summed divides the reconstruction term by D and leaves the KL as it
-is: it is the objective of beta = D, even with beta set to one. A linear decoder near collapse keeps a direction of the
-data only if its eigenvalue, in units of the likelihood's noise, is above beta (Lucas et al. 2019; Dai et al. 2020). The
-table compares this prediction, made before any training, with what each training showed: "directions above" is the
-prediction, "active" what came, and "as predicted" says whether a run collapsed exactly where no direction is above the
-threshold. The rows of the mean and of beta = D should agree, since their objectives differ by a factor alone. A squared
+is: rec / D - KL = (rec - D KL) / D is the objective of beta = D up to a factor, even with beta set to one. So the run
+with beta = D shows what such a loss does. A linear decoder near collapse keeps a direction of the data only if its
+eigenvalue, in units of the likelihood's noise, is above beta (Lucas et al. 2019; Dai et al. 2020). The table compares
+this prediction, made before any training, with what each training showed: "directions above" is the prediction,
+"active" what came, and "as predicted" says whether a run collapsed exactly where no direction is above beta. A squared
 error that is averaged over D pixels has the same fault: it is the likelihood of a normal with variance D / 2.""",
     ),
     "collapse": (
@@ -261,18 +259,11 @@ Early in training the decoder has not learned to use its latents, and the KL pus
 warm-up lowers the price at the beginning; free bits make the first nats of each latent free. Free bits count latents as
 active nearly by construction, so look at the bound L_S as well as at the number of active latents.""",
     ),
-    "networks": (
-        "Which network, and how many latents?",
+    "latents": (
+        "How many latents?",
         """\
-All networks are trained for the same epochs, so a slower one has had more time. Differences to the base are paired on
-the same test images; their errors say nothing about what another seed would give.""",
-    ),
-    "scale-maps": (
-        "Does the scale map matter?",
-        """\
-The encoder's output h must become a positive scale. Each map is trained once under stress: ten times the learning rate,
-no warm-up and no clipping. One bad step, or one odd image, can make h large; a good map then keeps the gradient
-neither huge nor broken.""",
+All runs are trained for the same epochs. Differences to the base are paired on the same test images; their errors say
+nothing about what another seed would give.""",
     ),
     "method": (
         "How was it measured?",
@@ -304,29 +295,21 @@ CAPTIONS = {
     "bounds": "Differences of L_S and of the ELBO to beta = 1 on the same test images, with standard errors, near the "
     "best beta. Hollow marks are estimates that have not settled.",
     "beta": "Nats per image ± standard error over images. L_S is the importance-weighted bound on log p(x).",
-    "seeds": "{dataset}: the same bounds for several seeds, nats per image.",
     "slider": "{dataset}. Move beta and compare both rows with the test images: where are reconstructions exact, where "
     "are samples of the prior like the data, and from where on are all pictures the same?",
     "aggregate": "Four measures of codes against the prior along beta; dashed: the autoencoder. The first three should "
     "be low, and the last should not be zero.",
-    "check": "Means and scales in scales of the prior. Rejected: latents whose Kolmogorov-Smirnov test rejects at 5%, "
-    "corrected for their number. The last two columns add up to the mean KL, nats.",
-    "error-parts": "The squared error per pixel of one sampled reconstruction of the VAE in parts that add up: the "
-    "noise of the posterior, the error of an autoencoder with as many latents, and what is lost beyond both.",
+    "check": "KS: the Kolmogorov-Smirnov distance of the farthest latent. The last two columns add up to the mean KL, "
+    "nats.",
     "errors": "Reconstructions; squared errors are per pixel. The autoencoder's nats are log p(x | z(x)), never a "
-    "log-likelihood. The error of neighbors is that of the autoencoder's reconstructions against them.",
-    "samples": "Decoded samples. Fitted to: training codes. Log density: of validation codes, nats; each model has its "
-    "own codes. Classifier: 0 where samples cannot be told from real images, 1 where they always can.",
-    "spectrum": "Eigenvalues of the training images' covariance, in units of the likelihood's noise, with the "
-    "thresholds of a sum and of a mean. A direction above a threshold is kept.",
-    "active": "Active latents along beta, measured and predicted; the cross is the mean over pixels, at the beta that "
-    "it amounts to.",
+    "log-likelihood.",
+    "samples": "Decoded samples. Classifier: 0 where samples cannot be told from real images, 1 where they always can.",
+    "active": "Active latents along beta, measured and predicted; the last beta is D, a mean over pixels.",
     "averaged-pictures": "{dataset}: reconstructions after the same training of the same network.",
     "averaging": "Nats per image. Variation: how much reconstructions differ between images, relative to the images "
     "themselves; at zero they are all one picture.",
     "collapse": "Nats per image; differences are paired.",
-    "networks": "Nats per image; the first row is the base.",
-    "scale-maps": "Training under stress.",
+    "latents": "Nats per image; the first row is the base.",
     "data": "Floor: the log-likelihood of each pixel on its own, without latents, on the same test images, in nats.",
     "strips": "From the top: {names}. {caption}",
 }
@@ -337,14 +320,12 @@ COMPARED_PICTURES = {
     "samples": "Samples: which of them could be data?",
     "normal_samples": "Samples of codes from a normal that was fitted to codes.",
     "mixture_samples": "The same, from a fitted mixture.",
-    "flow_samples": "The same, from a fitted flow.",
-    "interpolations": "Straight lines between two codes: look at the middle.",
 }
 
 NOT_RANKED = "log p(x) not ranked"  # said of a difference in L_S
 
 TITLE = "What a VAE does and why"
 SUBTITLE = (
-    "{trainings} trainings on {datasets}, measured by one command; ended without a result: {failed}. The size of this "
-    "study is {size}; the numbers of a quick one are rough."
+    "{trainings} trainings on {datasets}, measured by one command. The size of this study is {size}; the numbers of a "
+    "quick one are rough."
 )

@@ -137,7 +137,6 @@ class ElboSplit:
         total_correlation: KL(q(z) || prod_l q(z_l)).
         dimension_kl: (L,) KL(q(z_l) || p(z_l)).
         sum_of_dimension_kl: their sum, with its own error: the errors of the latents are not independent.
-        num_images: N.
         cap: log N.
         saturated: whether the mutual information is above 0.9 of its cap, so that the marginal KL is overstated.
     """
@@ -149,7 +148,6 @@ class ElboSplit:
     total_correlation: Estimate | None
     dimension_kl: PerLatent | None
     sum_of_dimension_kl: Estimate | None
-    num_images: int
     cap: float
     saturated: bool
 
@@ -203,7 +201,6 @@ def elbo_split(vae: LatentModel, x: Tensor) -> ElboSplit:
         total_correlation=total_correlation,
         dimension_kl=dimension_kl,
         sum_of_dimension_kl=sum_of_dimension_kl,
-        num_images=len(x),
         cap=cap,
         saturated=mutual_information.mean > SATURATED_SHARE * cap,
     )

@@ -33,20 +33,16 @@ HIGH_FREQUENCY = 0.25
 
 @dataclass(frozen=True)
 class Blur:
-    """Sharpness of three kinds of reconstruction relative to the data, and the two parts of the squared error.
+    """Sharpness of reconstructions relative to the data, and the two parts of their squared error.
 
     Args:
         at_mean: sharpness of E[x | z] at the mean of q(z | x).
-        at_draw: sharpness of E[x | z] at one draw of q(z | x).
-        averaged: sharpness of the average of E[x | z] over draws.
         error: E_q |x - E[x | z]|^2 / D, squared units of pixels.
         posterior_noise: the variance of E[x | z] under q, a part of the error.
         bias: |x - E_q E[x | z]|^2 / D, the rest of the error.
     """
 
     at_mean: Estimate
-    at_draw: Estimate
-    averaged: Estimate
     error: Estimate
     posterior_noise: Estimate
     bias: Estimate
@@ -130,15 +126,14 @@ def _measure_reference(x: Tensor) -> Tensor:
 
 @serialize_threads(gradients=False)
 def blur(vae: LatentModel, x: Tensor, *, gray: Tensor | None = None, draws: int = 8) -> Blur:
-    """E_q |x - y(z)|^2 = |x - E_q y|^2 + Var_q y (bias and posterior noise), y(z) = E[x | z], and each y's sharpness.
+    """E_q |x - y(z)|^2 = |x - E_q y|^2 + Var_q y (bias and posterior noise), y(z) = E[x | z], and y's sharpness.
 
-    y at the mean of q lacks the detail that the decoder and the latents do not carry; the average E_q y also lacks what
-    the posterior's width blurs. With J draws y_j of mean Y, per image and pixel, the error is mean_j |x - y_j|^2, the
-    noise sum_j |y_j - Y|^2 / (J - 1) and the bias their difference. Each is unbiased, and so is the power of E_q y,
-    (J^2 P(Y) - sum_j P(y_j)) / (J (J - 1)).
+    y at the mean of q lacks the detail that the decoder and the latents do not carry. With J draws y_j of mean Y, per
+    image and pixel, the error is mean_j |x - y_j|^2, the noise sum_j |y_j - Y|^2 / (J - 1) and the bias their
+    difference. Each is unbiased.
 
     Args:
-        vae: the VAE, or a plain autoencoder, whose three reconstructions are the same.
+        vae: the VAE, or a plain autoencoder.
         x: images (N, C, H, W), as the VAE sees them.
         gray: (N, C, H, W) images to compare with, in the unit of the likelihood's mean, such as the gray probabilities
             of binary pixels; by default x. CannotMeasure is raised where they have no power at high frequencies.
@@ -153,11 +148,9 @@ def blur(vae: LatentModel, x: Tensor, *, gray: Tensor | None = None, draws: int 
     size = images_per_pass(x, vae.likelihood)
     passes = zip(x.split(size), truth.split(size), strict=True)
     parts = zip(*(_measure_pass(vae, images, target, draws) for images, target in passes), strict=True)
-    at_mean, at_draw, averaged, error, noise = (torch.cat(part) for part in parts)
+    at_mean, error, noise = (torch.cat(part) for part in parts)
     return Blur(
         at_mean=ratio_of_means(at_mean, reference),
-        at_draw=ratio_of_means(at_draw, reference),
-        averaged=ratio_of_means(averaged, reference),
         error=Estimate.mean_of(error),
         posterior_noise=Estimate.mean_of(noise),
         bias=Estimate.mean_of(error - noise),
@@ -165,21 +158,18 @@ def blur(vae: LatentModel, x: Tensor, *, gray: Tensor | None = None, draws: int 
 
 
 def _measure_pass(vae: LatentModel, x: Tensor, truth: Tensor, draws: int) -> tuple[Tensor, ...]:
-    """(B,) each: powers at the mean, at draws (their mean) and of the average; error and noise per pixel."""
+    """(B,) each: the power at the mean; error and noise per pixel."""
     q, truth = vae.posterior(x), truth.double()
     at_mean = high_frequency_power(vae.likelihood(mean_or_draw(q)).mean)
     total, squares = torch.zeros_like(truth), torch.zeros_like(truth)
-    powers = torch.zeros(len(x), dtype=torch.double, device=x.device)
     for _ in range(draws):
         residual = vae.likelihood(q.sample()).mean.double() - truth
         total += residual
         squares += residual.square()
-        powers += high_frequency_power(residual + truth) / draws
     error = squares.flatten(1).mean(1) / draws
     bias_and_noise = (total / draws).square().flatten(1).mean(1)
     noise = (error - bias_and_noise) * draws / (draws - 1)
-    average_power = (draws * high_frequency_power(truth + total / draws) - powers) / (draws - 1)
-    return at_mean, powers, average_power, error, noise
+    return at_mean, error, noise
 
 
 # --- Images along latents ---

@@ -56,7 +56,6 @@ def measure_run(planned: Planned, folder: Path, study_data: StudyData) -> RunNum
     vae, per_image = load(run_dir), read_per_image(run_dir, "test")  # None for an autoencoder
     quality = None if per_image is None else summarize_estimate(per_image.result, per_image.num_particles)
     diagnosis = measure(vae, study_data.x, gray=study_data.gray, importance=quality)
-    blur = diagnosis.pictures.blur
     images, samples, densities = _decode(vae, study_data, planned.num_codes)
     pictures = {name: f"{PICTURES}/{planned.name}/{name}.png" for name in images}
     for name, picture in pictures.items():
@@ -73,7 +72,7 @@ def measure_run(planned: Planned, folder: Path, study_data: StudyData) -> RunNum
         active=diagnosis.active.count,
         implied_beta=diagnosis.implied_beta,
         variation=diagnosis.pictures.variation,
-        blur=None if blur is None else results.BlurNumbers(blur.at_mean, blur.error, blur.posterior_noise, blur.bias),
+        blur=diagnosis.pictures.blur,
         prior_match=_match_prior(diagnosis),
         samples=samples,
         densities=densities,

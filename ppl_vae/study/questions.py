@@ -194,7 +194,7 @@ def _tabulate_error(study: StudyNumbers) -> list[Block]:
             parts = run.blur
             if parts is not None:
                 noise = [None, None] if run.is_autoencoder else [parts.posterior_noise, parts.bias]
-                cells = [run.options["latent_dim"], run.reconstruction, parts.sharpness, parts.error, *noise]
+                cells = [run.options["latent_dim"], run.reconstruction, parts.at_mean, parts.error, *noise]
                 rows.append([dataset, run.model, *cells])
     columns = ["data", "model", "latents", "reconstruction, nats", "power", "squared error"]
     return _make_table("errors", [*columns, "posterior noise", "the rest"], rows)

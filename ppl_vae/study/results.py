@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ppl_vae import diagnostics, runs
+from ppl_vae.diagnostics.pictures import Blur
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.runs.results import from_json
 from ppl_vae.study.plan import Size, sweep_name
@@ -47,16 +48,6 @@ class Quality:
     sharpness: Estimate
     frechet: Estimate
     classifier: Estimate
-
-
-@dataclass(frozen=True)
-class BlurNumbers:
-    """Reconstructions: high-frequency power, and E_q|x - y|^2 = Var_q y + |x - E_q y|^2, per pixel."""
-
-    sharpness: Estimate
-    error: Estimate
-    posterior_noise: Estimate
-    bias: Estimate
 
 
 @dataclass(frozen=True)
@@ -108,7 +99,7 @@ class RunNumbers:
     active: int
     implied_beta: Estimate | None
     variation: Estimate | None
-    blur: BlurNumbers | None
+    blur: Blur | None
     prior_match: PriorMatch | None
     samples: Quality
     densities: dict[str, Quality] = field(default_factory=dict)

@@ -7,13 +7,12 @@ import math
 import numpy as np
 import pyro.distributions as dist
 import pytest
-import scipy.special
 import scipy.stats
 import torch
 from oracles import LinearGaussian
 
 from ppl_vae import VAE
-from ppl_vae.diagnostics import aggregate, classifier_test, holes, kolmogorov_smirnov, latent_moments
+from ppl_vae.diagnostics import classifier_test, holes, kolmogorov_smirnov, latent_moments
 from ppl_vae.parts.priors import StandardNormal
 from ppl_vae.runtime.global_state import seeded
 
@@ -76,24 +75,12 @@ def test_a_prior_known_by_its_draws_has_their_moments():
 # --- Kolmogorov-Smirnov ---
 
 
-@pytest.mark.parametrize("shift", [0.0, 0.05, 0.3])
-def test_the_statistic_and_its_p_value_are_scipys(shift):
+@pytest.mark.parametrize("shift", [0.0, 0.3])
+def test_the_kolmogorov_smirnov_statistic_is_scipys(shift):
     z = normal(800, 3, seed=4) + shift
-    found = kolmogorov_smirnov(z, standard(3))
-    for latent in range(3):
-        exact = scipy.stats.kstest(z[:, latent].numpy(), "norm")
-        assert float(found.statistic[latent]) == pytest.approx(exact.statistic, abs=1e-12)
-        assert float(found.p_value[latent]) == pytest.approx(exact.pvalue, rel=0.05, abs=2e-3)
-
-
-def test_the_tail_is_kolmogorovs():
-    t = np.linspace(0.01, 4, 400)
-    np.testing.assert_allclose(aggregate.kolmogorov_tail(torch.from_numpy(t)), scipy.special.kolmogorov(t), atol=1e-12)
-
-
-def test_p_values_of_an_exact_sample_are_uniform():
-    p_values = kolmogorov_smirnov(normal(300, 500, seed=1), standard(500)).p_value
-    assert scipy.stats.kstest(p_values.numpy(), "uniform").pvalue > 0.01
+    found = kolmogorov_smirnov(z, standard(3)).statistic
+    exact = [scipy.stats.kstest(z[:, latent].numpy(), "norm").statistic for latent in range(3)]
+    np.testing.assert_allclose(found, exact, atol=1e-12)
 
 
 def test_a_prior_known_by_its_draws_is_compared_with_them():
@@ -103,24 +90,9 @@ def test_a_prior_known_by_its_draws_is_compared_with_them():
         found = kolmogorov_smirnov(z, OnlyDraws(1))
     exact = scipy.stats.ks_2samp(z[:, 0].numpy(), drawn[:, 0].numpy())
     assert float(found.statistic) == pytest.approx(exact.statistic, abs=1e-12)
-    assert float(found.p_value) == pytest.approx(exact.pvalue, rel=0.05, abs=2e-3)
 
 
 # --- The classifier ---
-
-
-@pytest.mark.parametrize(("k", "n"), [(0, 10), (50, 100), (60, 100), (2600, 5000), (100, 100)])
-def test_the_chance_of_a_count_is_the_binomials(k, n):
-    assert aggregate.binomial_tail(k, n) == pytest.approx(scipy.stats.binom.sf(k - 1, n, 0.5), rel=1e-9)
-
-
-def test_p_values_of_equal_samples_are_uniform(monkeypatch):
-    monkeypatch.setattr(aggregate, "_EPOCHS", 3)
-    p_values = []
-    for seed in range(100):
-        a, b = normal(1000, 2, seed=2 * seed), normal(1000, 2, seed=2 * seed + 1)
-        p_values.append(classifier_test(a, b, seed=seed).p_value)
-    assert scipy.stats.kstest(p_values, "uniform").pvalue > 0.01
 
 
 @pytest.mark.parametrize("shift", [0.5, 1.5])
@@ -130,7 +102,6 @@ def test_the_classifier_is_nearly_optimal_for_a_shift(shift):
     z = normal(4000, 3, seed=1)
     z[:, 0] += shift
     found = classifier_test(z, normal(4000, 3, seed=2))
-    assert found.p_value < 1e-6
     assert 2 * best - 1 - 0.06 < found.effect.mean < 2 * best - 1 + 4 * found.effect.stderr
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ppl_vae.diagnostics import verdicts as judge
-from ppl_vae.diagnostics.aggregate import Holes, HoleScores, KolmogorovSmirnov, LatentMoments, TwoSample
+from ppl_vae.diagnostics.aggregate import Holes, KolmogorovSmirnov, LatentMoments, TwoSample
 from ppl_vae.diagnostics.latents import ActiveUnits, PerLatent
 from ppl_vae.diagnostics.likelihood import NoiseSpectrum, PixelCalibration
 from ppl_vae.diagnostics.measurement import (
@@ -35,9 +35,9 @@ def value(mean: float, stderr: float = 0.0) -> Estimate:
 def aggregate(share: float | None = 0.05, effect: float = 0.2) -> AggregateNumbers:
     holes = None
     if share is not None:
-        holes = Holes(value(share), 0.01, -1.0, 0.0, 500, 500, HoleScores(0.0, 0.0), (), ())
+        holes = Holes(value(share), 0.01, 0.0, (), ())
     moments = LatentMoments(PerLatent(ZEROS, ZEROS), PerLatent(ZEROS, ZEROS))
-    return AggregateNumbers(moments, KolmogorovSmirnov(ZEROS, ZEROS), TwoSample(value(effect), 0.5, 100), holes)
+    return AggregateNumbers(moments, KolmogorovSmirnov(ZEROS), TwoSample(value(effect), 100), holes)
 
 
 def active(count: int) -> ActiveUnits:

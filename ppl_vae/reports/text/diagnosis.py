@@ -159,10 +159,7 @@ def _describe_pictures(numbers: Measurements) -> list[str]:
     if variation is not None:
         parts.append(f"reconstructions vary {plus_minus(variation, 3)} of what the images do")
     if blur is not None:
-        parts.append(
-            f"sharpness against the data's {plus_minus(blur.at_mean, 3)} at the posterior's mean, "
-            f"{plus_minus(blur.at_draw, 3)} at a draw, {plus_minus(blur.averaged, 3)} averaged over draws"
-        )
+        parts.append(f"sharpness against the data's {plus_minus(blur.at_mean, 3)} at the posterior's mean")
         lines.append(
             f"squared error per pixel {plus_minus(blur.error, 5)} = posterior noise "
             f"{plus_minus(blur.posterior_noise, 5)} + the rest {plus_minus(blur.bias, 5)}"

@@ -29,6 +29,7 @@ from ppl_vae.runs.options import (
 
 SIDES = ("top", "bottom", "left", "right")
 AIS_STARTS = ("guide", "prior", "normal")
+RUN = "a run folder, or a pretrained run: its name, or hf://USER/NAME on the Hugging Face Hub"
 
 T = TypeVar("T")
 
@@ -81,7 +82,7 @@ class _MovedData(CheckedOptions):
 
 @dataclass(frozen=True)
 class _RunWithData(_MovedData):
-    run_dir: str = option(REQUIRED, "a run folder, or the name of a pretrained run", positional=True)
+    run_dir: str = option(REQUIRED, RUN, positional=True)
 
 
 @dataclass(frozen=True)
@@ -259,8 +260,9 @@ class Figures(_RunWithData):
 class Export(CheckedOptions):
     """Export a run as one folder to share, with a model card."""
 
-    run_dir: str = option(REQUIRED, "a run folder, or the name of a pretrained run", positional=True)
+    run_dir: str = option(REQUIRED, RUN, positional=True)
     output: str | None = option(None, "a new or empty folder (default: exports/ and the run's name)")
+    push: str | None = option(None, "also upload it to the Hugging Face Hub, as USER/NAME", NOT_EMPTY)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from ppl_vae.reports.page.run import make_page
 from ppl_vae.reports.run_figures import diagnosis_figures, is_drawn, write_figures
 from ppl_vae.reports.text.diagnosis import describe_diagnosis
 from ppl_vae.reports.text.run import CARD, describe_export, make_card
+from ppl_vae.runs import hub
 from ppl_vae.runs.build import build_likelihood
 from ppl_vae.runs.checkpoints import get_step
 from ppl_vae.runs.load import find_run_folder, load, make_config
@@ -194,10 +195,13 @@ def export_run(options: Export, *, say: Say) -> Path:
 
     ``load`` and the commands evaluate, sample and encode take the folder, wherever it is. It holds the model's
     options and the shape of its data, no option of the training and no path, and the evaluations of these weights.
-    It is written as a whole or not at all.
+    It is written as a whole or not at all. With ``options.push`` it is also uploaded.
     """
+    if options.push is not None:
+        hub.check_push(options.push)
     run = open_without_data(find_run_folder(options.run_dir))
-    folder = Path(options.output) if options.output is not None else Path("exports") / run.folder.resolve().name
+    name = hub.get_name(options.run_dir) if hub.is_address(options.run_dir) else run.folder.resolve().name
+    folder = Path(options.output) if options.output is not None else Path("exports") / name
     place = folder.resolve()  # where a link points to
     check_new(place, "--output")
     load(run.folder)  # weights that do not fit are found here, and not by whoever gets them
@@ -207,7 +211,8 @@ def export_run(options: Export, *, say: Say) -> Path:
     drawn_of = (run.folder / runs.MODEL).stat().st_mtime_ns
     paths = [run.folder / runs.FIGURES / name for name in _EXPORTED_FIGURES]
     figures = [path.name for path in paths if path.is_file() and path.stat().st_mtime_ns >= drawn_of]
-    card = make_card(run, entries, step=step, figures=figures)
+    address = None if options.push is None else hub.SCHEME + options.push
+    card = make_card(run, entries, step=step, figures=figures, address=address)
     partial = place.with_name(f".{place.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a killed export
     make_folder(partial, "--output")
@@ -226,4 +231,8 @@ def export_run(options: Export, *, say: Say) -> Path:
         raise
     for line in describe_export(run, folder, entries, figures):
         say(line)
+    if options.push is not None:
+        page = hub.push(folder, options.push)
+        say(f"Pushed to {page}: load({address!r}) makes the model of it.")
+        say("  A new repository is private: fill in the license of its card before you make it public.")
     return folder

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ppl_vae import data, runs
+from ppl_vae.runs import hub
 from ppl_vae.runs.build import build_meta_vae, build_vae
 from ppl_vae.runs.files import JsonObject
 from ppl_vae.runs.options import MODEL_OPTIONS, Options, check_value, default_objective
@@ -107,10 +108,12 @@ def read_config(run_dir: Path) -> tuple[Options, JsonObject]:
 
 
 def find_run_folder(run_dir: str | Path) -> Path:
-    """The run's folder: a path, or the name of a pretrained run in the package.
+    """The run's folder: a path, the name of a pretrained run in the package, or a downloaded ``hf://USER/NAME``.
 
-    Raises ValueError for a single word that is neither.
+    Raises ValueError for a single word that is neither, and for an address that the Hub does not answer.
     """
+    if hub.is_address(run_dir):
+        return hub.download(str(run_dir))
     folder = Path(run_dir)
     names = sorted(path.parent.name for path in PRETRAINED.glob(f"*/{runs.CONFIG}"))
     if folder.exists() or len(folder.parts) > 1 or not names:
@@ -121,21 +124,26 @@ def find_run_folder(run_dir: str | Path) -> Path:
 
 
 def copy_pretrained(run_dir: str, say: Callable[[str], None]) -> Path:
-    """The run's folder. A pretrained run is first copied to runs/NAME, since the package is not written to.
+    """The run's folder. A pretrained run, of the package or of the Hub, is first copied to runs/NAME.
 
-    Raises ValueError where runs/NAME is another run.
+    Neither the package nor the Hub's cache is written to. Raises ValueError where runs/NAME is another run.
     """
     folder = find_run_folder(run_dir)
-    if folder.resolve().parent != PRETRAINED.resolve():
+    if hub.is_address(run_dir):
+        name, place = hub.get_name(run_dir), "Hugging Face Hub"
+    elif folder.resolve().parent == PRETRAINED.resolve():
+        name, place = folder.name, "package"
+    else:
         return folder
-    copy = Path("runs") / folder.name
+    copy = Path("runs") / name
     if not (copy / runs.CONFIG).exists():
         copy.mkdir(parents=True, exist_ok=True)
-        for name in (runs.MODEL, runs.EVALUATION, runs.CONFIG):  # the last says that the copy is whole
-            runs.write_bytes(copy / name, (folder / name).read_bytes())
-        say(f"{folder.name} is a pretrained run of the package; its copy {copy} takes what is made of it.")
+        for file in (runs.MODEL, runs.EVALUATION, runs.CONFIG):  # the last says that the copy is whole
+            if (folder / file).exists():
+                runs.write_bytes(copy / file, (folder / file).read_bytes())
+        say(f"{run_dir} is a pretrained run of the {place}; its copy {copy} takes what is made of it.")
     elif not (copy / runs.MODEL).exists() or (copy / runs.MODEL).read_bytes() != (folder / runs.MODEL).read_bytes():
-        raise ValueError(f"{copy}: expected a copy of the pretrained run {folder.name}, got another run; move it away")
+        raise ValueError(f"{copy}: expected a copy of the pretrained run {run_dir}, got another run; move it away")
     return copy
 
 
@@ -148,7 +156,11 @@ def _has_same_shapes(vae: VAE, weights: dict[str, Tensor]) -> bool:
 
 
 def load(run_dir: str | Path) -> VAE:
-    """The trained VAE of a run folder, or of a pretrained run by its name, on the CPU, in evaluation mode.
+    """The trained VAE of a run, in evaluation mode on the CPU.
+
+    Args:
+        run_dir: A run folder or an export, the name of a pretrained run of the package, or ``hf://USER/NAME``, a model
+            on the Hugging Face Hub (the extra ``hub``), also at a revision: ``hf://USER/NAME@REVISION``.
 
     It sees pixels as its training did. Under a density of 8-bit levels it is a density of (level + u) / 256, which also
     accepts levels and gives other numbers: ``dequantized(load(run))`` is the mass of levels that the run reports.

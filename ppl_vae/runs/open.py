@@ -15,7 +15,7 @@ from ppl_vae import data, runs
 from ppl_vae.data import SPLITS
 from ppl_vae.evidence.dequantization import dequantized
 from ppl_vae.runs.build import build_likelihood, is_autoencoder
-from ppl_vae.runs.load import copy_pretrained, find_run_folder, is_export, load, read_config
+from ppl_vae.runs.load import copy_pretrained, is_export, load, read_config
 from ppl_vae.runs.options import Options
 from ppl_vae.runs.resolve import (
     check_support,
@@ -111,7 +111,8 @@ def open_run(
     """Opens a run with its data. Raises ValueError for a damaged one, or other data than it was trained on.
 
     Args:
-        run_dir: The run's folder, or the name of a pretrained run, which is copied to runs/NAME and opened there.
+        run_dir: The run's folder, or a pretrained run by its name or its address on the Hub, which is copied to
+            runs/NAME and opened there.
         dataset: The place of the run's own data, if it has moved.
         data_dir: The folder of the named data sets, if it has moved.
         like: A run that is open already, whose data is shared if it is the same.
@@ -141,10 +142,10 @@ def open_run(
 
 def open_run_or_export(run_dir: str, *, dataset: str | None, data_dir: str | None, say: Say) -> Run:
     """Opens a run with its data, or an export without data unless its place is given."""
-    folder = find_run_folder(run_dir)
+    folder = copy_pretrained(run_dir, say)
     told = dataset is not None or data_dir is not None
     if told or not (folder / runs.CONFIG).is_file() or not is_export(runs.read_json(folder / runs.CONFIG)):
-        return open_run(run_dir, dataset=dataset, data_dir=data_dir, say=say)
+        return open_run(str(folder), dataset=dataset, data_dir=data_dir, say=say)
     return open_without_data(folder)
 
 

@@ -165,7 +165,9 @@ CARD = "README.md"
 _MOST_CHARACTERS = 200  # of a name from a file
 
 
-def make_card(run: Run, evaluations: Mapping[str, object], *, step: int, figures: Sequence[str] = ()) -> str:
+def make_card(
+    run: Run, evaluations: Mapping[str, object], *, step: int, figures: Sequence[str] = (), address: str | None = None
+) -> str:
     """The model card in Markdown, with YAML front matter for hubs.
 
     Args:
@@ -173,6 +175,7 @@ def make_card(run: Run, evaluations: Mapping[str, object], *, step: int, figures
         evaluations: The entries of evaluation.json for these weights.
         step: The training step of the weights.
         figures: The names of the pictures in the folder figures next to the card.
+        address: What ``load`` takes, where the card goes to a hub.
 
     Raises:
         ValueError: A file of the run is damaged.
@@ -185,7 +188,7 @@ def make_card(run: Run, evaluations: Mapping[str, object], *, step: int, figures
         "## Data\n\n" + _describe_data(run),
         "## Training\n\n" + _describe_training(run, step),
         "## Limits\n\n" + _describe_limits(run),
-        "## How to load it\n\n" + _explain_loading(run),
+        "## How to load it\n\n" + _explain_loading(run, address or "path/to/this/folder"),
     ]
     if figures:
         pictures = [f"![{Path(name).stem.replace('_', ' ')}]({runs.FIGURES}/{name})" for name in figures]
@@ -351,9 +354,9 @@ def _describe_limits(run: Run) -> str:
     )
 
 
-def _explain_loading(run: Run) -> str:
+def _explain_loading(run: Run, place: str) -> str:
     shape = ", ".join(map(str, run.splits.event_shape))
-    names, model = ["load"], 'load("path/to/this/folder")'
+    names, model = ["load"], f'load("{place}")'
     if run.pixels == "dequantized":
         names, model = ["dequantized", "load"], f"dequantized({model})"
     use = f"z = vae.posterior(x).mean  # x: (N, {shape})"

@@ -62,7 +62,6 @@ def compile_graph(
     from torch.func import functionalize
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
-    from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
     mode = FakeTensorMode(shape_env=ShapeEnv())  # without symbolic shapes nothing is cached, although none occurs
     stand_ins = [mode.from_tensor(tensor.detach(), static_shapes=True) for tensor in inputs]
@@ -80,12 +79,21 @@ def compile_graph(
         try:
             module.graph.eliminate_dead_code()
             module.recompile()
-            FakeTensorProp(module, mode).propagate_dont_convert_inputs(*stand_ins)
+            with mode:
+                _complete_values(module.graph)
             stand_ins = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
             with tracing(TracingContext(mode)):
                 return compile_fx_inner(module, stand_ins)
         except Exception as error:
             raise CannotCapture(f"the compiler failed: {first_line(error)}") from error
+
+
+def _complete_values(graph: fx.Graph) -> None:
+    """Give each operation that ``rewrite`` added a stand-in of its result; the recording gave one to all others."""
+    for node in graph.nodes:
+        if node.op == "call_function" and "val" not in node.meta:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda argument: argument.meta["val"])
+            node.meta["val"] = node.target(*args, **kwargs)
 
 
 def _options() -> dict[str, bool]:
@@ -100,9 +108,10 @@ def busy_compiler(device: torch.device) -> Iterator[None]:
     """Keep the C++ compiler busy while Python still works on the graph.
 
     It compiles torch's headers while the function is traced, and each kernel as soon as its code is there. The default
-    training step then takes 26 s instead of 39 s from an empty cache on two cores.
+    training step then takes 26 s instead of 39 s from an empty cache on two cores. The digests of torch's sources, by
+    which the cache finds a graph, are computed meanwhile as well.
     """
-    from torch._inductor import config
+    from torch._inductor import codecache, config
     from torch._inductor.async_compile import AsyncCompile
     from torch._inductor.codegen.wrapper import PythonWrapperCodegen
 
@@ -114,13 +123,15 @@ def busy_compiler(device: torch.device) -> Iterator[None]:
             compiler.cpp_pybinding(*map(ast.literal_eval, call.args))  # by which the finished module finds the kernel
         return define(self, name, body, *rest, **named)
 
-    def compile_headers() -> None:
+    def prepare() -> None:
         with suppress(Exception):  # what fails here fails again, and is reported, later
             compiler.cpp_pybinding([], 'extern "C" void kernel() {}')
+            codecache.torch_key()
+            codecache.CacheBase.get_system()
 
     with config.patch(_options()), patch.object(PythonWrapperCodegen, "define_kernel", define_and_start):
         if device.type == "cpu":  # the thread sets no option itself: torch 2.8 has one set for all threads
-            Thread(target=copy_context().run, args=[compile_headers], daemon=True).start()
+            Thread(target=copy_context().run, args=[prepare], daemon=True).start()
         yield
 
 

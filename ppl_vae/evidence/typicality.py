@@ -15,8 +15,6 @@ from ppl_vae.evidence.proposals import DefensiveMixture
 from ppl_vae.protocols import LatentModel
 from ppl_vae.vae import VAE
 
-LOWEST = 0.05  # the share of own images below whose quantile the other set's are improbable
-
 
 class PriorMixtureGuide(nn.Module):
     """x (B, *E) -> q(z | x) / 2 + p(z) / 2, batch shape (B,), event shape (L,)."""
@@ -64,19 +62,19 @@ def _share_below(values: Tensor, among: Tensor) -> Tensor:
     return (below + at_most).double() / (2 * len(among))
 
 
-def share_above(own: Tensor, other: Tensor, *, quantile: float) -> Estimate:
-    """P(b > F^-1(q)): the share of the other set's values above the own set's quantile.
+def share_above_median(own: Tensor, other: Tensor) -> Estimate:
+    """P(b > median of a): the share of the other set's values above the own set's median.
 
-    The error combines that of the share, see ``Estimate.share_of``, and that of the quantile from m values: half the
-    difference of the shares at the quantiles q -+ sqrt(q (1 - q) / m).
+    The error combines that of the share, see ``Estimate.share_of``, and that of the median from m values: half the
+    difference of the shares at the quantiles 1/2 -+ 1 / (2 sqrt(m)).
 
     own: (m,), other: (n,). An empty sample or a NaN raises ValueError.
 
     Source: ours, but for the share's error.
     """
     own, other = _check_numbers("own", own), _check_numbers("other", other)
-    reach = math.sqrt(quantile * (1 - quantile) / len(own))
-    at = torch.tensor([quantile, max(0.0, quantile - reach), min(1.0, quantile + reach)], dtype=torch.double)
+    reach = 0.5 / math.sqrt(len(own))
+    at = torch.tensor([0.5, 0.5 - reach, 0.5 + reach], dtype=torch.double)
     above = other > own.quantile(at.to(own.device))[:, None]
     share, most, least = (Estimate.share_of(flags) for flags in above)
     return Estimate(share.mean, math.hypot(share.stderr, (most.mean - least.mean) / 2))
@@ -91,7 +89,6 @@ class Typicality:
         own, other: the means of L_S, nats per image.
         num_particles: S.
         share_above_own_median: P(log p(x) of another image > the own images' median): 1/2 if the sets are alike.
-        share_above_own_5_percent_quantile: the same for the own images' 5% quantile: 0.95 if the sets are alike.
         auroc_of_density: of the classifier "low log p(x) means another set": 1/2 if it knows nothing, below 1/2 if the
             other images have the higher density.
         auroc_of_distance: of the classifier "log p(x) far from the own mean, on either side, means another set".
@@ -103,7 +100,6 @@ class Typicality:
     other: ImagesMean
     num_particles: int
     share_above_own_median: Estimate
-    share_above_own_5_percent_quantile: Estimate
     auroc_of_density: Estimate
     auroc_of_distance: Estimate
     words: tuple[str, ...]
@@ -130,7 +126,7 @@ def typicality(own: Tensor, other: Tensor, *, dataset: str, num_particles: int) 
     if not own.isfinite().all():
         raise ValueError("own: expected finite numbers, got an infinite one, from which nothing has a distance")
     distances = [(values - own.mean()).abs() for values in (own, other)]
-    found = (share_above(own, other, quantile=0.5), auroc(other, own), auroc(*distances))
+    found = (share_above_median(own, other), auroc(other, own), auroc(*distances))
     above, density, distance = (f"{each.mean:.3f} ± {each.stderr:.3f}" for each in found)
     return Typicality(
         dataset=dataset,
@@ -138,7 +134,6 @@ def typicality(own: Tensor, other: Tensor, *, dataset: str, num_particles: int) 
         other=ImagesMean.mean_of(other),
         num_particles=num_particles,
         share_above_own_median=found[0],
-        share_above_own_5_percent_quantile=share_above(own, other, quantile=LOWEST),
         auroc_of_density=found[1],
         auroc_of_distance=found[2],
         words=(

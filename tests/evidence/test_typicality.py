@@ -12,7 +12,7 @@ from scipy import stats
 from torch.testing import assert_close
 
 from ppl_vae.evidence import evaluation
-from ppl_vae.evidence.typicality import auroc, mix_prior_into_guide, share_above, typicality
+from ppl_vae.evidence.typicality import auroc, mix_prior_into_guide, share_above_median, typicality
 
 ERRORS = 4.5
 
@@ -87,18 +87,15 @@ def test_sets_that_do_not_overlap_have_an_auroc_of_one_with_an_error():
 # --- Shares ---
 
 
-@pytest.mark.parametrize("quantile", [0.05, 0.5])
-def test_the_share_above_a_quantile_is_that_of_two_normals(quantile):
-    found = share_above(normal(4000, seed=5), normal(3000, loc=0.5, seed=6), quantile=quantile)
-    assert within(found, stats.norm.sf(stats.norm.ppf(quantile), loc=0.5))
+def test_the_share_above_the_median_is_that_of_two_normals():
+    found = share_above_median(normal(4000, seed=5), normal(3000, loc=0.5, seed=6))
+    assert within(found, stats.norm.sf(0, loc=0.5))
 
 
 @pytest.mark.parametrize("count", [50, 1000])
 def test_a_shares_error_holds_that_of_the_quantile(count):
     """Of few own images the quantile moves most; of many the share alone does."""
-    found = [
-        share_above(normal(count, seed=2 * i), normal(200, loc=0.5, seed=2 * i + 1), quantile=0.5) for i in range(400)
-    ]
+    found = [share_above_median(normal(count, seed=2 * i), normal(200, loc=0.5, seed=2 * i + 1)) for i in range(400)]
     assert is_claimed_error([one.mean for one in found], [one.stderr for one in found])
 
 

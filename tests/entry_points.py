@@ -11,7 +11,6 @@ from ppl_vae.commands import latents as sampling
 from ppl_vae.diagnostics import pictures
 from ppl_vae.evidence import ais, chains, evaluation, guide_calibration, missing, moments
 from ppl_vae.evidence import importance as evidence
-from ppl_vae.evidence.importance import estimate_adaptively
 from ppl_vae.evidence.refinement import measure_gaps, refine_proposal
 from ppl_vae.weights import is_autoencoder, log_reconstruction, log_weight_terms, log_weights
 
@@ -43,7 +42,6 @@ SCORES = {
         vae, x, torch.zeros(len(x)), steps=1, evaluation_particles=10
     ),
     "missing.impute": lambda vae, x: missing.impute(missing.Observed(vae), x, num_particles=4, num_draws=1).mean,
-    "importance.estimate_adaptively": lambda vae, x: estimate_adaptively(vae, x, num_particles=10, most=20).estimate,
     "refinement.refine_proposal": lambda vae, x: refine_proposal(vae, x, steps=1).h,
     "weights.log_weights": lambda vae, x: log_weights(vae.model, vae.guide, x, 3),
 }

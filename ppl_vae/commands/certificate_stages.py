@@ -26,7 +26,7 @@ from ppl_vae.runs.resolve import decide_compile, matmul_precision
 from ppl_vae.runtime.batching import Stopped, block_seed, compute_blocks, even_block_size, pairs_per_pass
 from ppl_vae.runtime.errors import CannotCapture, Interrupted
 from ppl_vae.runtime.global_state import seeded
-from ppl_vae.runtime.numerics import LogWeightSummary, bound_by_particles, smoothed_log_mean_exp
+from ppl_vae.runtime.numerics import LogWeightSummary, bound_by_particles
 from ppl_vae.runtime.process import progress_bar
 from ppl_vae.vae import VAE
 
@@ -189,26 +189,25 @@ def _is_refinement_compiled(context: StageContext, num_images: int, block_size: 
     return context.compiles and decide_compile(context.options.compile, steps, context.place)
 
 
-def weigh_fewer_particles(context: StageContext, stage: str, x: Tensor, numbers: list[int]) -> tuple[Tensor, Tensor]:
-    """Bounds with s particles of the guide, and the Pareto-smoothed estimate with all S, which is no bound.
+def weigh_fewer_particles(context: StageContext, stage: str, x: Tensor, numbers: list[int]) -> Tensor:
+    """Bounds with s particles of the guide.
 
     Args:
         x: (N, *E).
         numbers: s, ascending; the last is S.
 
     Returns:
-        (K, N) E[L_s] for each s, from disjoint blocks of particles, and (N,) the smoothed estimate.
+        (K, N) E[L_s] for each s, from disjoint blocks of particles.
     """
 
     def compute(items: slice, compiled: bool) -> Tensors:
         with torch.no_grad():
             log_w = gather_log_weights(context.vae, x[items], numbers[-1])
-        return {"bounds": bound_by_particles(log_w, numbers).T, "smoothed": smoothed_log_mean_exp(log_w.double())}
+        return {"bounds": bound_by_particles(log_w, numbers).T}
 
     size = even_block_size(len(x), max(1, min(CHAIN_BLOCK, _MOST_LOG_WEIGHTS // numbers[-1])))
-    shapes: Shapes = {"bounds": (len(numbers),), "smoothed": ()}
-    found = context.run_stage(stage, len(x), size, shapes, compute)
-    return found["bounds"].T, found["smoothed"]
+    shapes: Shapes = {"bounds": (len(numbers),)}
+    return context.run_stage(stage, len(x), size, shapes, compute)["bounds"].T
 
 
 def list_fewer_particles(num_particles: int) -> list[int]:

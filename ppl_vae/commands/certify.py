@@ -22,7 +22,7 @@ from ppl_vae.evidence.typicality import mix_prior_into_guide, typicality
 from ppl_vae.reports.figures.measurements import certificate_figures
 from ppl_vae.reports.text.evaluation import certificate_table, describe_certificate
 from ppl_vae.runs import certificates
-from ppl_vae.runs.certificates import CERTIFICATE, AISSummary, Certificate, CertifiedImages, Convergence, GuideBound
+from ppl_vae.runs.certificates import CERTIFICATE, AISSummary, Certificate, CertifiedImages, Convergence
 from ppl_vae.runs.checkpoints import BlockStore, StageResults
 from ppl_vae.runs.files import JsonObject
 from ppl_vae.runs.open import Run, Say, check_density, check_images, load_evaluated_vae, open_run
@@ -210,7 +210,7 @@ def _measure(context: StageContext, plan: Plan) -> tuple[CertifiedImages, JsonOb
     if options.simulated:
         below, above = stages.anneal_simulated_images(context, "simulated", options.simulated)
         simulated = certificates.summarize_simulated(below, above)
-    convergence, smoothed = _measure_convergence(context, x, chains)
+    convergence = _measure_convergence(context, x, chains)
     gaps = {}
     for split in plan.gap_splits:
         images = data.evaluation_images(plan.run.splits, split, plan.run.evaluated_pixels)
@@ -220,7 +220,7 @@ def _measure(context: StageContext, plan: Plan) -> tuple[CertifiedImages, JsonOb
     found = CertifiedImages(plan.index, chains, plain, improved, ranks, scored)
     return found, {
         "ais": certificates.summarize_chains(chains),
-        "importance": GuideBound(**vars(certificates.summarize_bound(plain, S)), smoothed_estimate=smoothed),
+        "importance": certificates.summarize_bound(plain, S),
         "improved": certificates.summarize_bound(improved, S),
         "ais_minus_importance": certificates.subtract_importance(chains, plain),
         "ais_minus_improved": certificates.subtract_importance(chains, improved),
@@ -234,17 +234,17 @@ def _measure(context: StageContext, plan: Plan) -> tuple[CertifiedImages, JsonOb
     }
 
 
-def _measure_convergence(context: StageContext, x: Tensor, full: AISSummary) -> tuple[Convergence, Estimate]:
-    """Bounds with less effort, on images spread evenly (files may be sorted by class), and the smoothed estimate."""
+def _measure_convergence(context: StageContext, x: Tensor, full: AISSummary) -> Convergence:
+    """Bounds with less effort, on images spread evenly: files may be sorted by class."""
     count, T = min(_CONVERGENCE_IMAGES, len(x)), context.chain.temperatures
     sizes, fewer = stages.list_fewer_particles(context.options.num_particles), stages.list_fewer_temperatures(T)
-    weighed, smoothed = stages.weigh_fewer_particles(context, "particles", x, sizes)
+    weighed = stages.weigh_fewer_particles(context, "particles", x, sizes)
     places = torch.arange(count) * len(x) // count
     some, ais = x[places.to(x.device)], full.bound[places]
     bounds = [stages.anneal_images(context, f"temperatures {t}", some, temperatures=t).bound for t in fewer]
     temperatures = certificates.summarize_curve([*fewer, T], torch.stack([*bounds, ais]), ais)
     particles = certificates.summarize_curve(sizes, weighed[:, places], ais)
-    return Convergence(count, temperatures, particles), Estimate.mean_of(smoothed)
+    return Convergence(count, temperatures, particles)
 
 
 def _write(run: Run, certificate: Certificate, found: CertifiedImages, x: Tensor, say: Say) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -10,11 +9,11 @@ import pyro
 import torch
 from torch import Tensor
 
-from ppl_vae.protocols import LatentModel, Program, StochasticFunction
+from ppl_vae.protocols import Program, StochasticFunction
 from ppl_vae.runtime.batching import pairs_per_pass
 from ppl_vae.runtime.errors import NotFinite, check_count
-from ppl_vae.runtime.global_state import evaluation_mode, serialize_threads
-from ppl_vae.runtime.numerics import LogWeightSummary, tenfold_gain
+from ppl_vae.runtime.global_state import serialize_threads
+from ppl_vae.runtime.numerics import LogWeightSummary
 from ppl_vae.support import check_support
 from ppl_vae.weights import log_weight_terms
 
@@ -199,85 +198,3 @@ def gather_log_weights(vae: Program, x: Tensor, num_particles: int) -> Tensor:
             terms = (log_weight_terms(vae.model, vae.guide, group, S) for group in x.split(pairs))
             parts.append(torch.cat([log_p_x + log_ratio for log_p_x, log_ratio in terms], dim=1))
     return torch.cat(parts)
-
-
-# --- As many particles as each image needs ---
-
-
-@dataclass(frozen=True)
-class AdaptiveEstimate:
-    """Estimates of log p(x), not bounds; every field is (N,).
-
-    Args:
-        estimate: log (1/S_n) sum_s w_s, nats, float64.
-        num_particles: S_n, int64.
-        bias: The delta method's estimate of what the estimate lacks, Var(w) / (2 S E[w]^2), nats, float64. It is a
-            lower bound: under a guide that is too narrow, the largest weights are not among those that were drawn.
-        tenfold_gain: What ten times the particles gained: the estimate minus the mean of the ten estimates from tenths
-            of the same particles, nats, float64. NaN below ten particles.
-    """
-
-    estimate: Tensor
-    num_particles: Tensor
-    bias: Tensor
-    tenfold_gain: Tensor
-
-
-@serialize_threads(gradients=False)
-def estimate_adaptively(
-    vae: LatentModel, x: Tensor, *, num_particles: int = 1000, most: int = 64_000, tolerance: float = 0.02
-) -> AdaptiveEstimate:
-    """log (1/S_n) sum_{s <= S_n} w_s, with S_n doubled until bias and tenfold gain are within the tolerance.
-
-    It is no bound: images whose weights happen to agree stop early. If the estimate lacks a / S^r, the tenfold gain is
-    10^r - 1 times what is still lacking: nine times for weights with a variance (r = 1), and at least as much down to
-    r = 0.3. An image that reaches ``most`` particles with a gain above the tolerance has not converged. An image
-    without a large weight among its draws stops too early, which costs tenths of a nat under a narrow guide;
-    ``defend_proposal`` guards against such guides. Draws come from torch's global generator.
-
-    Args:
-        vae: A VAE, also one from ``replace_guide``.
-        x: Images (N, *E).
-        num_particles: S at first.
-        most: The largest S_n; below ``num_particles`` it raises ValueError.
-        tolerance: In nats.
-
-    Source: ours.
-    """
-    num_particles, most = check_count("num_particles", num_particles), check_count("most", most)
-    if most < num_particles:
-        raise ValueError(f"most: expected at least num_particles, {num_particles}, got {most}")
-    check_support(vae.model, x)
-    found = torch.full((3, len(x)), math.nan, dtype=torch.double, device=x.device)
-    counts = torch.zeros(len(x), dtype=torch.long, device=x.device)
-    waiting = torch.arange(len(x), device=x.device)
-    with evaluation_mode(vae), pyro.validation_enabled(False):
-        log_tenths, sizes, log_squares = _sum_weights(vae, x, num_particles)
-        while len(waiting):
-            S, log_total = int(sizes.sum()), log_tenths.logsumexp(0)
-            relative_variance = (S * (log_squares - 2 * log_total).exp() - 1).clamp(min=0)  # Var(w) / E[w]^2
-            gain = tenfold_gain(log_tenths, sizes)
-            found[:, waiting] = torch.stack([log_total - math.log(S), relative_variance / (2 * S), gain])
-            counts[waiting] = S
-            is_open = ~(found[1:, waiting] <= tolerance).all(0) & (most >= 2 * S)
-            waiting = waiting[is_open]
-            if len(waiting):
-                more_tenths, more_sizes, more_squares = _sum_weights(vae, x[waiting], S)
-                # Two tenths of one set of particles are a tenth of both sets.
-                log_tenths = torch.cat([log_tenths[:, is_open], more_tenths]).unflatten(0, (-1, 2)).logsumexp(1)
-                sizes = torch.cat([sizes, more_sizes]).unflatten(0, (-1, 2)).sum(1)
-                log_squares = torch.logaddexp(log_squares[is_open], more_squares)
-    estimate, bias, gain = found
-    return AdaptiveEstimate(estimate, counts, bias, gain)
-
-
-def _sum_weights(vae: LatentModel, x: Tensor, num_particles: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-sums of fresh weights in tenths (10, n), the tenths' sizes (10,), and log-sums of squared weights (n,)."""
-    pairs = pairs_per_pass(vae, x)
-    chunk = min(num_particles, pairs)
-    parts = []
-    for images in x.split(max(1, pairs // chunk)):
-        summary, _, _ = _summarize(vae.model, vae.guide, images, num_particles, chunk, log_weight_terms)
-        parts.append((*summary.tenths(), summary.log_sum_squares()))
-    log_tenths, sizes, log_squares = zip(*parts, strict=True)
-    return torch.cat(log_tenths, dim=1), sizes[0], torch.cat(log_squares)

@@ -60,13 +60,6 @@ class ImportanceBound(ImportanceSummary, Bound):
     corrected_estimate: Estimate
 
 
-@dataclass(frozen=True, kw_only=True)
-class GuideBound(ImportanceBound):
-    """L_S with the guide. ``smoothed_estimate``, by Pareto smoothing of as many other draws, is not a bound."""
-
-    smoothed_estimate: Estimate
-
-
 @dataclass(frozen=True)
 class SimulatedBounds:
     """Both bounds on log p(x) of images that the model made, and the gap between them, nats per image."""
@@ -136,7 +129,7 @@ class Certificate(Provenance):
     seed: int
     step: int
     ais: ChainBound
-    importance: GuideBound
+    importance: ImportanceBound
     improved: ImportanceBound
     ais_minus_importance: Bound
     ais_minus_improved: Bound

@@ -39,29 +39,18 @@ def bound_by_particles(log_w: Tensor, sizes: Sequence[int]) -> Tensor:
     return torch.stack([log_mean_exp(block, dim=1).mean(0) for block in blocks])
 
 
-def tenfold_gain(log_sums: Tensor, sizes: Tensor) -> Tensor:
-    """L_S - (1/10) sum_g L_{S/10}, with the g-th tenth of the S particles: what ten times as many particles gained.
-
-    From the log-sums (10, B) of the weights in each tenth and the tenths' sizes (10,) to (B,) nats, at least 0 for
-    equal sizes; NaN if a tenth is empty.
-    """
-    if not sizes.all():
-        return torch.full_like(log_sums[0], math.nan)
-    return log_sums.logsumexp(0) - sizes.sum().log() - (log_sums - sizes.log()[:, None]).mean(0)
-
-
 def tail_length(num_particles: int) -> int:
     """M = min(S / 5, 3 sqrt(S)), the number of weights that the Pareto fit uses (Vehtari et al. 2024, 1507.02646)."""
     return math.ceil(min(num_particles / 5, 3 * math.sqrt(num_particles)))
 
 
-def _pareto_fit(exceedances: Tensor) -> tuple[float, float]:
-    """The shape k and scale of a generalized Pareto distribution; NaN or infinity if there is no fit."""
+def _fit_pareto_shape(exceedances: Tensor) -> float:
+    """The shape k of a generalized Pareto distribution; NaN or infinity if there is no fit."""
     if not exceedances[0] > _ROUNDING:
-        return math.nan, math.nan
+        return math.nan
     if exceedances[3 * len(exceedances) // 4] < torch.finfo(torch.double).tiny:  # the fit divides by a lower quartile
-        return math.inf, math.inf
-    return fit_generalized_pareto(exceedances)
+        return math.inf
+    return fit_generalized_pareto(exceedances)[0]
 
 
 def pareto_k(largest_log_w: Tensor) -> Tensor:
@@ -77,41 +66,8 @@ def pareto_k(largest_log_w: Tensor) -> Tensor:
         return largest_log_w.new_full(largest_log_w.shape[1:], math.nan, dtype=torch.double)
     exceedances = (largest_log_w - largest_log_w[0]).double().exp()
     exceedances = (exceedances[:-1] - exceedances[-1]).T
-    fitted = [_pareto_fit(image)[0] for image in exceedances.cpu()]
+    fitted = [_fit_pareto_shape(image) for image in exceedances.cpu()]
     return torch.tensor(fitted, dtype=torch.double, device=largest_log_w.device)
-
-
-def smoothed_log_mean_exp(log_w: Tensor) -> Tensor:
-    """log (1/S) sum_s w~_s, where the M largest w_s are replaced by quantiles of the Pareto tail fitted to them.
-
-        w~_(m) = min(u + F^-1((m - 1/2) / M; k-hat, scale), max_s w_s), m = 1..M, u the largest of the other weights
-
-    It estimates log E[w], and is no bound. Its squared error is smaller than the plain mean's for k below about 0.7. It
-    does not make up for large weights that were never drawn. Where k-hat is undefined, as for fewer than 21 particles,
-    it is the plain log-mean. log_w: (S, B), independent particles -> (B,) nats, float64.
-
-    Reference: Vehtari et al. 2024, arXiv 1507.02646, section 2.4, with its weakly informed k-hat; M as in section 6.
-    """
-    S = len(log_w)
-    M = tail_length(S)
-    log_w = log_w.double().sort(dim=0, descending=True).values
-    if M < _SMALLEST_TAIL or S <= M:
-        return log_mean_exp(log_w)
-    w = (log_w - log_w[0]).exp()
-    tails = [_smoothed_tail(image) for image in w[: M + 1].T.cpu()]
-    tail = torch.stack(tails, dim=1).to(w)
-    return log_w[0] + (torch.cat([tail, w[M:]]).sum(0) / S).log()
-
-
-def _smoothed_tail(largest: Tensor) -> Tensor:
-    """The quantiles (M,) for the largest weights (M + 1,) in descending order; the last is the threshold."""
-    tail, threshold = largest[:-1], largest[-1]
-    k, scale = _pareto_fit(tail - threshold)
-    if not math.isfinite(k):
-        return tail
-    log_beyond = ((torch.arange(1, len(tail) + 1, dtype=torch.double) - 0.5) / len(tail)).log()  # log (1 - F)
-    excess = torch.expm1(-k * log_beyond) / k if k != 0 else -log_beyond
-    return (threshold + scale * excess).clamp(max=float(tail[0]))
 
 
 class LogWeightSummary:
@@ -124,7 +80,9 @@ class LogWeightSummary:
     - ``monte_carlo_stderr``: sqrt(sum_s v_s^2 - 1/S), the delta method's standard error of L_S over repeated draws
     - ``bias``: the jackknife's estimate of log p(x) - E[L_S], never negative: (S - 1) (L_S - (1/S) sum_s L_{-s}), with
       L_{-s} the bound without particle s. It assumes that the bias falls like 1/S, which is too fast for k above 0.5.
-    - ``tenfold_gain`` and ``pareto_k``: see the functions of these names
+    - ``tenfold_gain``: L_S - (1/10) sum_g L_{S/10}, with the g-th tenth of the particles: what ten times as many
+      particles gained
+    - ``pareto_k``: see the function of this name
 
     The M largest log-weights are kept, the others summed. That is exact except for the bias, whose error is below
     1/(3 M^2) nats.
@@ -161,14 +119,13 @@ class LogWeightSummary:
             self._log_sums_of_tenths[g] = torch.logaddexp(self._log_sums_of_tenths[g], part.logsumexp(0))
             self._seen += len(part)
 
-    def tenths(self) -> tuple[Tensor, Tensor]:
-        """Log-sums (10, B) of the weights in each tenth of the particles, nats, and the tenths' sizes (10,)."""
-        ends = torch.arange(_TENTHS + 1) * self.num_particles // _TENTHS
-        return torch.stack(self._log_sums_of_tenths), ends.diff().to(self._log_sum)
-
     def tenfold_gain(self) -> Tensor:
-        """(B,) nats; NaN for fewer than 10 particles."""
-        return tenfold_gain(*self.tenths())
+        """(B,) nats, at least 0 for tenths of equal sizes; NaN for fewer than 10 particles."""
+        sizes = (torch.arange(_TENTHS + 1) * self.num_particles // _TENTHS).diff().to(self._log_sum)
+        if not sizes.all():
+            return torch.full_like(self._log_sum, math.nan)
+        log_sums = torch.stack(self._log_sums_of_tenths)
+        return log_sums.logsumexp(0) - sizes.sum().log() - (log_sums - sizes.log()[:, None]).mean(0)
 
     def _log_total(self) -> Tensor:
         return torch.logaddexp(self._largest.logsumexp(0), self._log_sum)

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from ppl_vae import VAE, Conditional, importance, log_evidence
 from ppl_vae.evidence import ais, guide_calibration, missing
 from ppl_vae.evidence.evaluation import evaluate
-from ppl_vae.evidence.importance import estimate_adaptively
 from ppl_vae.evidence.refinement import measure_gaps, refine_proposal
 from ppl_vae.parts import flows, likelihoods, networks, posteriors, priors
 from ppl_vae.runs.options import Options
@@ -97,7 +96,6 @@ def calls(number: Callable[[int], Any]) -> dict[str, Callable[[VAE], Any]]:
         "ais": annealed,
         "simulate": lambda v: ais.simulate(v, n(5))[0],
         "refined": lambda v: refine_proposal(v, IMAGES, steps=n(2), num_particles=n(2)).h,
-        "adaptive": lambda v: estimate_adaptively(v, IMAGES, num_particles=n(8), most=n(16)).estimate,
         "impute": lambda v: (
             missing.impute(
                 missing.Observed(v, rounds=n(2), num_fillings=n(3)), IMAGES[:2], num_particles=n(4), num_draws=n(2)

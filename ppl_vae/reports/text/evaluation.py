@@ -198,8 +198,7 @@ def _describe_bounds(found: Certificate) -> list[str]:
     return [
         *lines,
         "  estimates, no bounds: with the jackknife's correction these two are "
-        f"{plus_minus(plain.corrected_estimate)} and {plus_minus(improved.corrected_estimate)}; with as many other "
-        f"draws of the guide, their largest weights smoothed, it is {plus_minus(plain.smoothed_estimate)}",
+        f"{plus_minus(plain.corrected_estimate)} and {plus_minus(improved.corrected_estimate)}",
     ]
 
 

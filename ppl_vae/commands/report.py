@@ -18,7 +18,6 @@ from ppl_vae.diagnostics.measurement import (
     FEWEST_IMAGES,
     TrainedWith,
     measure,
-    measure_if_possible,
     summarize_estimate,
 )
 from ppl_vae.diagnostics.verdicts import verdicts
@@ -66,8 +65,6 @@ def diagnose_run(options: Diagnose, *, say: Say) -> Diagnosis:
         x, gray = x[index], None
         if run.binarization != "none":
             gray = data.probabilities(run.splits, split)[index].to(place)
-        left_out: dict[str, str] = {}
-        noise = measure_if_possible(left_out, "noise", lambda: _measure_noise(run))
         stored = read_per_image(run.folder, split)
         quality = None
         if stored is not None and stored.num_particles >= _FEWEST_PARTICLES:
@@ -76,12 +73,11 @@ def diagnose_run(options: Diagnose, *, say: Say) -> Diagnosis:
             load(run.folder).to(place),
             x.to(place),
             gray=gray,
-            noise=noise,
+            noise=_measure_noise(run),
             trained_with=describe_training(run),
             importance=quality,
             seed=options.seed,
         )
-        numbers = replace(numbers, left_out=numbers.left_out | left_out)
         figures = list(diagnosis_figures(run, numbers))
         there = {path.name for path in (run.folder / runs.FIGURES).glob("*.png")} | set(figures)
         found_verdicts = (each if each.figure in there else replace(each, figure=None) for each in verdicts(numbers))

@@ -18,7 +18,7 @@ from ppl_vae.commands.options import CompareLikelihoods, CompareNetworks
 from ppl_vae.commands.train import resume_run, train_run
 from ppl_vae.evidence.estimate import bound_difference
 from ppl_vae.parts.registry import DENSE_NETWORKS, LIKELIHOODS
-from ppl_vae.reports.run_figures import write_likelihood_figures
+from ppl_vae.reports.run_figures import write_likelihood_figure
 from ppl_vae.reports.text.comparison import describe_likelihood_table, describe_network_table
 from ppl_vae.runs.build import build_likelihood, build_meta_vae, build_vae, count_weights, is_autoencoder
 from ppl_vae.runs.command_results import LikelihoodRow, NetworkRow, PairedRow
@@ -183,7 +183,7 @@ def compare_likelihoods(
     _write_table(output, options.device, table)
     for line in describe_likelihood_table(rows):
         say(line)
-    write_likelihood_figures(Path(run_dir) / runs.FIGURES, opened, rows, say)
+    write_likelihood_figure(Path(run_dir) / runs.FIGURES, splits.name, rows, say)
     return rows
 
 

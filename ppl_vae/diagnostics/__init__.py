@@ -8,12 +8,10 @@ from ppl_vae.diagnostics.latents import ACTIVE_VARIANCE, active_units, elbo_spli
 from ppl_vae.diagnostics.likelihood import calibrate_pixels, live_directions, measure_noise
 from ppl_vae.diagnostics.pictures import blur, reconstruction_variation, sharpness
 from ppl_vae.evidence.moments import AggregatePosterior
-from ppl_vae.runtime.errors import CannotMeasure
 
 __all__ = [
     "ACTIVE_VARIANCE",
     "AggregatePosterior",
-    "CannotMeasure",
     "active_units",
     "blur",
     "calibrate_pixels",

@@ -15,7 +15,7 @@ from ppl_vae.parts.likelihoods import Categorical, DiscretizedLogisticMixture
 from ppl_vae.parts.likelihoods.base import independent_pixels
 from ppl_vae.protocols import LatentModel, Likelihood
 from ppl_vae.runtime.batching import images_per_pass
-from ppl_vae.runtime.errors import CannotMeasure, check_count
+from ppl_vae.runtime.errors import check_count
 from ppl_vae.runtime.global_state import seeded, serialize_threads
 from ppl_vae.support import check_support
 
@@ -57,7 +57,7 @@ def measure_noise(family: Likelihood, x: Tensor) -> NoiseSpectrum | None:
     copy of ``family`` is fitted. Times beta (and times D if log p is averaged over pixels), it is the noise that a
     linear VAE compares with the eigenvalues of Cov(x).
 
-    Returns None if the likelihood's first feature is not a location. Raises CannotMeasure if no training pixel varies.
+    Returns None if the likelihood's first feature is not a location, and if no training pixel varies.
     """
     if not has_location(family):
         return None
@@ -65,6 +65,8 @@ def measure_noise(family: Likelihood, x: Tensor) -> NoiseSpectrum | None:
         fitted = copy.deepcopy(family)
         h = fitted.fit_marginals(x)
         scores = whiten_scores(fitted, x)
+        if not scores.shape[1]:
+            return None
         eigenvalues, edge = compute_eigenvalues(scores), compute_edge(scores)
         try:
             variance = float(fitted.double()(h.double()).variance.mean())
@@ -111,7 +113,7 @@ def whiten_scores(family: Likelihood, x: Tensor, *, features: Tensor | None = No
             parameters.
 
     Returns:
-        float64, for the D' pixels that vary. Where none does, CannotMeasure is raised.
+        float64, for the D' pixels that vary.
 
     Reference: Lucas et al. 2019, arXiv 1911.02469, and Dai et al. 2020, arXiv 1912.10702 (Gaussian noise). The
     expansion for other likelihoods is ours.
@@ -130,8 +132,6 @@ def whiten_scores(family: Likelihood, x: Tensor, *, features: Tensor | None = No
         curvature = score.square().mean(0)
     score = score - score.mean(0)
     varies = (curvature > 0) & (score.square().mean(0) > _CONSTANT * curvature)
-    if not varies.any():
-        raise CannotMeasure("x: expected pixels that vary, got the same image every time")
     return score[:, varies] / curvature[varies].sqrt()
 
 

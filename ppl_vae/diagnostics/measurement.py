@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TypeVar
+from dataclasses import dataclass
 
 import pyro
 import torch
@@ -37,7 +35,6 @@ from ppl_vae.evidence.evaluation import evaluate, reconstruction
 from ppl_vae.evidence.importance import Importance
 from ppl_vae.evidence.moments import compute_moments, decode_mean, encode, sample_latents, sample_posterior
 from ppl_vae.protocols import LatentModel
-from ppl_vae.runtime.errors import CannotMeasure
 from ppl_vae.runtime.global_state import seeded
 from ppl_vae.weights import is_deterministic
 
@@ -48,8 +45,6 @@ _MOST_PAIRED = 2000
 _MOST_PAIRED_BY_A_FLOW = 250  # for a guide whose density at another image's draws takes many passes of a network
 _MOST_CALIBRATED = 300
 _MOST_WEIGHED = 300
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -86,9 +81,9 @@ class AggregateNumbers:
 
 @dataclass(frozen=True)
 class PictureNumbers:
-    """Variation and sharpness of reconstructions; None if the images do not allow a measure."""
+    """Variation of reconstructions, and the sharpness of those of images. NaN where all images are the same."""
 
-    variation: Estimate | None
+    variation: Estimate
     blur: Blur | None
 
 
@@ -122,7 +117,6 @@ class Measurements:
         kl_by_latent: nats; None unless latents have a KL of their own.
         implied_beta: the beta that the weights imply, if they do.
         elbo_split, calibration: on at most 2,000 and 300 images.
-        left_out: by name, the reason why the images do not allow a measure.
     """
 
     autoencoder: bool
@@ -141,16 +135,6 @@ class Measurements:
     calibration: PixelCalibration | None
     noise: NoiseSpectrum | None
     importance: EstimateQuality | None
-    left_out: dict[str, str] = field(default_factory=dict)
-
-
-def measure_if_possible(left_out: dict[str, str], name: str, function: Callable[[], Result]) -> Result | None:
-    """Call the function; if the images do not allow its measure, put the reason into ``left_out`` and return None."""
-    try:
-        return function()
-    except CannotMeasure as error:
-        left_out[name] = str(error)
-        return None
 
 
 def measure(
@@ -178,7 +162,6 @@ def measure(
     """
     if len(x) < FEWEST_IMAGES:
         raise ValueError(f"x: expected at least {FEWEST_IMAGES} images, got {len(x)}")
-    left_out: dict[str, str] = {}
     kl = by_latent = implied = split = calibration = None
     with torch.no_grad(), pyro.validation_enabled(False):
         with seeded(seed, x.device):  # the order of the measures decides their draws
@@ -194,8 +177,8 @@ def measure(
                 log_p_x_given_z, kl = split.reconstruction, split.kl
             aggregate = _measure_aggregate(vae, x, most_paired, autoencoder=autoencoder, seed=seed)
             gray, means = x if gray is None else gray, decode_mean(vae, codes.mean)
-            variation = measure_if_possible(left_out, "variation", lambda: reconstruction_variation(means, gray))
-            sharp = measure_if_possible(left_out, "blur", lambda: blur(vae, x, gray=gray)) if x.dim() == 4 else None
+            variation = reconstruction_variation(means, gray)
+            sharp = blur(vae, x, gray=gray) if x.dim() == 4 else None
             if not autoencoder:
                 calibration = calibrate_pixels(vae, _take_evenly(x, _MOST_CALIBRATED))
         if not autoencoder and importance is None:
@@ -219,7 +202,6 @@ def measure(
         calibration=calibration,
         noise=noise,
         importance=None if autoencoder else importance,
-        left_out=left_out,
     )
 
 

@@ -24,7 +24,7 @@ from ppl_vae.evidence.moments import (
 )
 from ppl_vae.protocols import LatentModel
 from ppl_vae.runtime.batching import images_per_pass
-from ppl_vae.runtime.errors import CannotMeasure, check_count
+from ppl_vae.runtime.errors import check_count
 from ppl_vae.runtime.global_state import serialize_threads
 
 # Cycles a pixel: half of the Nyquist frequency of 1/2. Source: ours.
@@ -58,7 +58,7 @@ def _check_shapes(images: Tensor, reference: Tensor, names: str) -> None:
 def reconstruction_variation(reconstructions: Tensor, x: Tensor) -> Estimate:
     """V = sum_d Var_n y_nd / sum_d Var_n x_nd: 0 if all reconstructions are the same, 1 if they vary as the data.
 
-    The error is the delta method's, over images. Raises CannotMeasure where the images are all the same.
+    The error is the delta method's, over images. NaN where the images are all the same.
 
     Args:
         reconstructions: (N, *E) expected images y, such as the mean of p(x | z).
@@ -71,8 +71,6 @@ def reconstruction_variation(reconstructions: Tensor, x: Tensor) -> Estimate:
     reconstruction_power, data_power = (
         (images.double() - images.double().mean(0)).square().flatten(1).sum(1) for images in (reconstructions, x)
     )
-    if not data_power.sum() > 0:
-        raise CannotMeasure("x: expected images that vary, got the same image every time")
     return ratio_of_means(reconstruction_power, data_power)
 
 
@@ -89,8 +87,10 @@ def high_frequency_power(images: Tensor) -> Tensor:
     Coefficient k of n has k / 2 n cycles per pixel, and |f| is the Euclidean length of (f_y, f_x), each below the
     Nyquist frequency of 1/2. A plain Fourier transform would see high frequencies in the jump from one edge to the
     opposite one. images: (N, C, H, W) -> (N,) float64, squared units of pixels. The power over all f is C H W times the
-    pixels' mean square.
+    pixels' mean square. Another shape raises ValueError.
     """
+    if images.dim() != 4:
+        raise ValueError(f"images: expected shape (N, C, H, W), got {tuple(images.shape)}")
     H, W = images.shape[-2:]
     rows, columns = _cosines(H, images.device), _cosines(W, images.device)
     f_y, f_x = (torch.arange(size, dtype=torch.double, device=images.device) / (2 * size) for size in (H, W))
@@ -103,8 +103,8 @@ def sharpness(images: Tensor, reference: Tensor) -> Estimate:
     """S = mean_n P(y_n) / mean_n P(x_n) for the power P above half the Nyquist frequency; 1 if equally sharp.
 
     A blur with transfer function g leaves |g(f)|^2 of the power at f. Noise adds power, so S measures how much detail
-    there is, not whether it is right. The error is the delta method's, over images. Raises CannotMeasure where the
-    reference has no such power.
+    there is, not whether it is right. The error is the delta method's, over images. NaN where the reference has no
+    such power.
 
     Args:
         images, reference: (N, C, H, W), in one unit.
@@ -112,16 +112,7 @@ def sharpness(images: Tensor, reference: Tensor) -> Estimate:
     Source: ours.
     """
     _check_shapes(images, reference, "images, reference")
-    return ratio_of_means(high_frequency_power(images), _measure_reference(reference))
-
-
-def _measure_reference(x: Tensor) -> Tensor:
-    if x.dim() != 4:
-        raise ValueError(f"images: expected shape (N, C, H, W), got {tuple(x.shape)}")
-    power = high_frequency_power(x)
-    if not power.sum() > 0:
-        raise CannotMeasure("reference: expected images with power above half the Nyquist frequency, got none")
-    return power
+    return ratio_of_means(high_frequency_power(images), high_frequency_power(reference))
 
 
 @serialize_threads(gradients=False)
@@ -136,7 +127,7 @@ def blur(vae: LatentModel, x: Tensor, *, gray: Tensor | None = None, draws: int 
         vae: the VAE, or a plain autoencoder.
         x: images (N, C, H, W), as the VAE sees them.
         gray: (N, C, H, W) images to compare with, in the unit of the likelihood's mean, such as the gray probabilities
-            of binary pixels; by default x. CannotMeasure is raised where they have no power at high frequencies.
+            of binary pixels; by default x.
         draws: J, draws of q(z | x) per image, at least 2.
 
     Source: the law of total variance; its use on pictures is ours.
@@ -144,7 +135,7 @@ def blur(vae: LatentModel, x: Tensor, *, gray: Tensor | None = None, draws: int 
     draws = check_count("draws", draws, least=2)
     truth = x if gray is None else gray
     _check_shapes(truth, x, "gray, x")
-    reference = _measure_reference(truth)
+    reference = high_frequency_power(truth)
     size = images_per_pass(x, vae.likelihood)
     passes = zip(x.split(size), truth.split(size), strict=True)
     parts = zip(*(_measure_pass(vae, images, target, draws) for images, target in passes), strict=True)

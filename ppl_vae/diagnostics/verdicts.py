@@ -138,13 +138,10 @@ def _judge_autoencoder(numbers: Measurements) -> Verdict | None:
 
 def _judge_ignored_z(numbers: Measurements) -> Verdict | None:
     variation, rate = numbers.pictures.variation, numbers.kl
-    same = variation is not None and _is_below(variation, SAME_VARIATION)
-    if not (same or (rate is not None and _is_below(rate, SAME_RATE))):
+    if not (_is_below(variation, SAME_VARIATION) or (rate is not None and _is_below(rate, SAME_RATE))):
         return None
-    evidence = []
-    if variation is not None:
-        words = plus_minus(variation, 4)
-        evidence.append(f"reconstructions vary {words} of what the images do (threshold {SAME_VARIATION})")
+    words = plus_minus(variation, 4)
+    evidence = [f"reconstructions vary {words} of what the images do (threshold {SAME_VARIATION})"]
     if rate is not None:
         evidence.append(f"rate {plus_minus(rate, 2)} nats (threshold {SAME_RATE})")
     reason, change = _explain_ignored_z(numbers)

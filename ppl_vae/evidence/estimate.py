@@ -93,10 +93,10 @@ def ratio_of_means(numerator: Tensor, denominator: Tensor) -> Estimate:
     """r = mean_n a_n / mean_n b_n, with the error of the mean of (a_n - r b_n) / mean_n b_n (delta method).
 
     Args:
-        numerator, denominator: (N,) the a_n and the b_n of the same images.
+        numerator, denominator: (N,) the a_n and the b_n of the same images. The ratio to zeros alone is NaN.
     """
     a, b = numerator.double().cpu(), denominator.double().cpu()
-    r = a.mean() / b.mean()
+    r = a.mean() / b.mean() if b.any() else a.new_tensor(math.nan)
     return Estimate(float(r), Estimate.mean_of((a - r * b) / b.mean()).stderr)
 
 

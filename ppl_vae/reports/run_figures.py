@@ -321,31 +321,8 @@ def _draw_holes(run: Run, numbers: Measurements, x: Tensor) -> Figure:
 # --- A table of likelihoods ---
 
 
-def write_likelihood_figures(folder: Path, opened: Sequence[Run], rows: Sequence[LikelihoodRow], say: Say) -> None:
-    """Writes calibration.png, and for images reconstructions.png and samples.png, the best likelihood first."""
-    by_word = {run.options.likelihood: run for run in opened}
-    title = TITLES["calibration"].format(name=opened[0].splits.name, num_images=rows[0].calibration.num_images)
-    figures = {"calibration.png": pixel_calibration({row.likelihood: row.calibration for row in rows}, title=title)}
-    if _has_images(opened[0]):
-        figures |= _picture_figures([by_word[row.likelihood] for row in rows])
-    _write(folder, figures, say)
-
-
-@torch.no_grad()
-def _picture_figures(opened: Sequence[Run]) -> dict[str, Figure]:
-    first = opened[0]
-    display, x = choose_display(first), data.evaluation_images(first.splits, "test", first.evaluated_pixels)
-    x = x[data.subset(len(x), _NUM_SHOWN)]
-    reconstructions, samples = {"test image x": x}, dict[str, Tensor]()
-    for run in opened:
-        word, vae = run.options.likelihood, load_evaluated_vae(run)
-        with seeded(_FIGURE_SEED, torch.device("cpu")):
-            reconstructions[word] = vae.likelihood(vae.posterior(x).sample()).mean
-        with seeded(_FIGURE_SEED, torch.device("cpu")):
-            decoded = vae.likelihood(vae.prior().expand((_NUM_SHOWN,)).sample())
-            samples |= {f"{word}\nE[x | z]": decoded.mean, f"{word}\nx ~ p(x | z)": decoded.sample()}
-    name = first.splits.name
-    return {
-        "reconstructions.png": show_rows(display, reconstructions, "likelihood-reconstructions", name=name),
-        "samples.png": show_rows(display, samples, "likelihood-samples", name=name),
-    }
+def write_likelihood_figure(folder: Path, name: str, rows: Sequence[LikelihoodRow], say: Say) -> None:
+    """Writes calibration.png, the best likelihood first. ``name``: of the data set."""
+    title = TITLES["calibration"].format(name=name, num_images=rows[0].calibration.num_images)
+    figure = pixel_calibration({row.likelihood: row.calibration for row in rows}, title=title)
+    _write(folder, {"calibration.png": figure}, say)

@@ -24,10 +24,6 @@ class NotFinite(ArithmeticError):
     """A number that should be finite is NaN or infinite."""
 
 
-class CannotMeasure(ValueError):
-    """The images do not allow a measure; the message says why."""
-
-
 class CannotCapture(ValueError):
     """A function cannot be written as one graph, or the graph cannot be compiled; the message says why."""
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from ppl_vae import runs
 from ppl_vae.evidence.estimate import INDISTINCT, Estimate
-from ppl_vae.reports.page.blocks import Block, Picture, Section, Slider, SliderStop, Table, Text, true_minus
+from ppl_vae.reports.page.blocks import Block, Picture, Section, Table, Text, true_minus
 from ppl_vae.reports.text.pages import CAPTIONS, COMPARED_PICTURES, NOT_RANKED, QUESTIONS
 from ppl_vae.study.plan import name_run, remedy_names, sweep_name, varied_names
 from ppl_vae.study.results import Difference, StudyNumbers
@@ -127,30 +127,18 @@ def explain_beta(source: PageSource) -> Section:
     columns = ["data", "beta", "rate", "distortion", "ELBO", "L_S", "ELBO - that of beta = 1", "L_S - that of beta = 1"]
     return _make_section(
         "beta",
-        *(_make_slider(source, dataset) for dataset in study.datasets),
+        *(_show_sweep(source, dataset, name) for dataset in study.datasets for name in ("reconstructions", "samples")),
         source.show_figure("rate-distortion"),
         source.show_figure("bounds"),
         _make_table("beta", [*columns, "active", "implied beta"], rows),
     )
 
 
-def _make_slider(source: PageSource, dataset: str) -> list[Block]:
-    """Reconstructions and samples along beta."""
-    stops = []
-    for run in source.study.find_sweep(dataset):
-        pictures = [(name, source.read_picture(run.name, name)) for name in ("reconstructions", "samples")]
-        known = [(name, png) for name, png in pictures if png is not None]
-        distortion = format_mean(run.reconstruction, scale=-1)
-        numbers: dict[str, Cell] = {"L_S, nats": run.log_likelihood, "rate, nats": run.kl}
-        numbers |= {"distortion, nats": distortion, "active latents": run.active}
-        if len(known) == len(pictures):
-            words = {name: str(_format_cell(value)) for name, value in numbers.items()}
-            stops.append(SliderStop(f"{run.beta:g}", known, words))
-    name, originals = source.read_originals(dataset)
-    if not stops or originals is None:
-        return []
-    start = [stop.label for stop in stops].index("1")
-    return [Slider("beta", stops, CAPTIONS["slider"].format(dataset=dataset), fixed=(name, originals), start=start)]
+def _show_sweep(source: PageSource, dataset: str, name: str) -> list[Block]:
+    """The pictures of that name along beta, below the test images."""
+    sweep = source.study.find_sweep(dataset)
+    named = [(f"beta = {run.beta:g}", source.read_picture(run.name, name)) for run in sweep]
+    return _stack_strips([source.read_originals(dataset), *named], CAPTIONS["sweep"].format(dataset=dataset, name=name))
 
 
 def explain_check(source: PageSource) -> Section:

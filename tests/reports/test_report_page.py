@@ -16,7 +16,7 @@ from browser import Visit
 
 from ppl_vae.conditional import Conditional
 from ppl_vae.parts import likelihoods, networks
-from ppl_vae.reports.page.blocks import Picture, Section, Slider, SliderStop, Table, Text, VerdictBlock, page
+from ppl_vae.reports.page.blocks import Picture, Section, Table, Text, VerdictBlock, page
 from ppl_vae.reports.page.explorer import Explorer, decoder_weights
 
 SHAPE = (1, 7, 5)  # higher than wide, so that rows and columns cannot be mistaken
@@ -70,19 +70,11 @@ def explorer(likelihood: Conditional | None = None, *, num_points: int = 3, **op
     )
 
 
-def slider() -> Slider:
-    stops = [
-        SliderStop(f"{10**k:g}", [("reconstructions", png(20 * k)), ("samples", png(9 * k + 1))], {"KL": f"{k}.5 nats"})
-        for k in range(3)
-    ]
-    return Slider("beta", stops, "Caption of the slider", fixed=("originals", png(255)), start=1)
-
-
 def everything() -> list[Section]:
     long_word = "runs/" + "a-very-long-name-of-a-run-folder" * 4
     wide = [[f"row {k}", *(-86.125 * k,) * 9, "−86.1 ± 0.2"] for k in range(3)]
     return [
-        Section("First words", [Text("A **bold** word, some `code`.\n\nAnother paragraph."), slider()], "first-words"),
+        Section("First words", [Text("A **bold** word, some `code`.\n\nAnother paragraph.")], "first-words"),
         Section(
             "Numbers",
             [
@@ -123,7 +115,6 @@ def visit(chromium: Any, tmp_path: Path) -> Callable[..., Visit]:
 
 def test_opening_and_using_a_page_asks_for_no_other_file_and_logs_nothing(visit) -> None:
     with visit() as seen:
-        seen.tab.locator("input[type=range]").press("ArrowRight")
         seen.tab.locator("canvas.pad").hover()
         seen.frame()
         asked = [address for address in seen.requests if not address.startswith("data:")]
@@ -140,13 +131,11 @@ def test_a_page_names_no_address_of_a_network() -> None:
     "words", ["<script>window.hit = 1</script>", '"><img src=x onerror=window.hit=1>', "</style>&amp;"]
 )
 def test_markup_in_words_is_shown_as_it_was_written(visit, words: str) -> None:
-    stop = SliderStop(words, [(words, png(1))], {words: words})
     blocks = [
         Text(words),
         VerdictBlock(words, words, words),
         Table([words], [[words]], words),
         Picture(png(2), words, words),
-        Slider(words, [stop], words, (words, png(3))),
         explorer(labels=np.zeros(3, dtype=int), label_names=[words]),
     ]
     with visit(*blocks, title=words) as seen:

@@ -10,7 +10,7 @@ import base64
 import html
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
 from numbers import Integral
 from pathlib import Path
@@ -19,7 +19,6 @@ from typing import Literal, Protocol, TypeAlias
 import numpy as np
 
 Cell: TypeAlias = str | float | int | None
-NamedPicture: TypeAlias = tuple[str, bytes]
 
 _CODE = re.compile(r"`([^`]+)`")
 _BOLD = re.compile(r"\*\*(.+?)\*\*", re.DOTALL)
@@ -181,71 +180,6 @@ def _column_class(cells: Sequence[Cell]) -> str:
     return ' class="long"' if max(len(str(value)) for value in cells) > _LONG else ""
 
 
-def _strip(row: NamedPicture, where: str) -> str:
-    name, png = row
-    return f'<div class="strip"><span class="name">{inline(name)}</span>{_image(png, f"{name}, {where}")}</div>'
-
-
-@dataclass(frozen=True)
-class SliderStop:
-    """What a slider shows at one position.
-
-    Args:
-        label: the value there, such as "0.1".
-        rows: named strips of images, the same names at every stop.
-        numbers: named values in words, the same names at every stop.
-    """
-
-    label: str
-    rows: Sequence[NamedPicture]
-    numbers: dict[str, str] = field(default_factory=dict)
-
-    def to_html(self, quantity: str, *, is_shown: bool) -> str:
-        """The stop of that quantity's slider as HTML."""
-        numbers = "".join(
-            f"<div><dt>{inline(k)}</dt><dd>{inline(value)}</dd></div>" for k, value in self.numbers.items()
-        )
-        return (
-            f'<div class="stop" data-label="{escape(self.label)}"{"" if is_shown else " hidden"}>'
-            f"{''.join(_strip(row, f'{quantity} = {self.label}') for row in self.rows)}"
-            f"{f'<dl>{numbers}</dl>' if numbers else ''}</div>"
-        )
-
-
-@dataclass(frozen=True)
-class Slider:
-    """Strips of images and numbers that change together as one quantity is moved.
-
-    Args:
-        label: what is moved, such as "beta".
-        positions: at least one stop, in order.
-        caption: says what to see.
-        fixed: a strip that stays, such as the originals.
-        start: the stop shown first.
-    """
-
-    label: str
-    positions: Sequence[SliderStop]
-    caption: str
-    fixed: NamedPicture
-    start: int = 0
-
-    def to_html(self, number: int) -> str:
-        """The block as HTML."""
-        stops = [stop.to_html(self.label, is_shown=k == self.start) for k, stop in enumerate(self.positions)]
-        first, now, last = (escape(self.positions[k].label) for k in (0, self.start, -1))
-        return (
-            f'<figure class="slider wide" id="slider-{number}"><div class="panel">'
-            f'<div class="control"><label for="range-{number}">{inline(self.label)} '
-            f'= <output for="range-{number}">{now}</output></label>'
-            f'<input type="range" id="range-{number}" min="0" max="{len(stops) - 1}" step="1" value="{self.start}" '
-            f'aria-valuetext="{escape(self.label)} = {now}" autocomplete="off">'
-            f'<div class="ends" aria-hidden="true"><span>{first}</span><span>{last}</span></div></div>'
-            f"{_strip(self.fixed, 'unchanged')}"
-            f'<div class="stops">{"".join(stops)}</div></div>{caption_html(self.caption)}</figure>'
-        )
-
-
 # --- The page ---
 
 
@@ -271,7 +205,7 @@ def page(title: str, sections: Sequence[Section], *, subtitle: str = "") -> str:
         sections: In order, below a list of contents.
         subtitle: A sentence below the title.
     """
-    files = {name: (_HERE / name).read_text(encoding="utf-8") for name in ("style.css", "slider.js", "explorer.js")}
+    files = {name: (_HERE / name).read_text(encoding="utf-8") for name in ("style.css", "explorer.js")}
     numbers = count(1)
     body = "\n".join(
         f'<section id="{section.anchor}"><h2>{inline(section.title)}</h2>\n'
@@ -292,10 +226,6 @@ def page(title: str, sections: Sequence[Section], *, subtitle: str = "") -> str:
 <link rel="icon" href="data:,">
 <style>
 {files["style.css"]}</style>
-<noscript><style>
-input {{ display: none; }} .stop[hidden] {{ display: block; }}
-.stop::before {{ content: attr(data-label); font-weight: 600; }}
-</style></noscript>
 </head>
 <body>
 <header><h1>{inline(title)}</h1>{lead}</header>
@@ -303,8 +233,6 @@ input {{ display: none; }} .stop[hidden] {{ display: block; }}
 <main>
 {body}
 </main>
-<script>
-{files["slider.js"]}</script>
 <script>
 {files["explorer.js"]}</script>
 </body>

@@ -12,7 +12,7 @@ from ppl_vae.reports.page.explorer import make_explorer
 from ppl_vae.reports.run_figures import figure_names
 from ppl_vae.reports.text import make_sentence, plus_minus
 from ppl_vae.reports.text import pages as text
-from ppl_vae.reports.text.diagnosis import describe_advice, describe_left_out
+from ppl_vae.reports.text.diagnosis import describe_advice
 from ppl_vae.reports.text.evaluation import describe_evaluation
 from ppl_vae.reports.text.run import describe_model
 from ppl_vae.runs.build import is_autoencoder
@@ -42,8 +42,7 @@ def make_page(run: Run, step: int, diagnosis: Diagnosis | None, *, split: str) -
         "diagnosis": _pictures(run, list(text.DIAGNOSIS_FIGURES)) if diagnosis else [],
         "setup": _setup(run, step),
     }
-    titles = text.SECTIONS | (text.AUTOENCODER_SECTIONS if is_autoencoder(run.options) else {})
-    sections = [Section(titles[anchor], found, anchor) for anchor, found in blocks.items() if found]
+    sections = [Section(text.SECTIONS[anchor], found, anchor) for anchor, found in blocks.items() if found]
     return page.page(text.page_title(run), sections, subtitle=make_sentence(describe_model(run)[0]))
 
 
@@ -77,12 +76,11 @@ def _likelihood(run: Run, step: int) -> list[Block]:
 
 
 def _verdicts(run: Run, diagnosis: Diagnosis | None, split: str) -> list[Block]:
-    """What stands out, and what could not be measured."""
+    """What stands out."""
     if diagnosis is None:
         return [Text(text.TOO_FEW_IMAGES.format(split=split))]
     numbers = diagnosis.numbers
     blocks: list[Block] = [Text(text.MEASURED_ON.format(num_images=numbers.num_images, split=diagnosis.split))]
-    blocks += [Text(make_sentence(line)) for line in describe_left_out(numbers)]
     for verdict in diagnosis.verdicts:
         figures = _pictures(run, [verdict.figure] if verdict.figure else [])
         blocks.append(
@@ -101,7 +99,7 @@ def _pictures(run: Run, names: Sequence[str]) -> list[Picture]:
     """The figures of the run's folder that exist, with their captions."""
     found = []
     for name in names:
-        path, caption = run.folder / runs.FIGURES / name, text.figure_caption(run, name)
+        path, caption = run.folder / runs.FIGURES / name, (text.FIGURES | text.DIAGNOSIS_FIGURES).get(name, "")
         if path.is_file():
             found.append(Picture(path.read_bytes(), caption, caption or Path(name).stem))
     return found

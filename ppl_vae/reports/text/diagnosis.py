@@ -31,12 +31,6 @@ _UNKNOWN_BETA = (
     "reconstruction for KL)"
 )
 
-_LEFT_OUT = {
-    "variation": "how much reconstructions vary",
-    "blur": "how sharp reconstructions are",
-    "noise": "the data's directions in units of the likelihood's noise",
-}
-
 
 def describe_diagnosis(found: Diagnosis, run: str, *, has_validation: bool) -> list[str]:
     """A diagnosis, line by line."""
@@ -74,11 +68,6 @@ def _format(value: str | int | float) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def describe_left_out(numbers: Measurements) -> list[str]:
-    """Each measure that the images do not allow, with the reason."""
-    return [f"not measured: {_LEFT_OUT[name]} ({reason})" for name, reason in numbers.left_out.items()]
-
-
 def describe_numbers(numbers: Measurements) -> list[str]:
     """One line for each group of numbers that this run has."""
     lines = [
@@ -90,7 +79,6 @@ def describe_numbers(numbers: Measurements) -> list[str]:
         *_describe_pictures(numbers),
         _describe_pixels(numbers.calibration),
         _describe_estimate(numbers),
-        *describe_left_out(numbers),
     ]
     return [f"  {line}" for line in lines if line]
 
@@ -154,10 +142,8 @@ def _describe_noise(numbers: Measurements) -> str:
 
 
 def _describe_pictures(numbers: Measurements) -> list[str]:
-    variation, blur = numbers.pictures.variation, numbers.pictures.blur
-    parts, lines = [], []
-    if variation is not None:
-        parts.append(f"reconstructions vary {plus_minus(variation, 3)} of what the images do")
+    blur, lines = numbers.pictures.blur, []
+    parts = [f"reconstructions vary {plus_minus(numbers.pictures.variation, 3)} of what the images do"]
     if blur is not None:
         parts.append(f"sharpness against the data's {plus_minus(blur.at_mean, 3)} at the posterior's mean")
         lines.append(

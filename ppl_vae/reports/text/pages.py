@@ -39,8 +39,6 @@ TITLES = {
     # of a table of likelihoods
     "calibration": "{name}: where pixels of {num_images:,} test images lie in p(x | z), z ~ q(z | x)\n"
     "(probability integral transform; uniform if the model were right; bars are standard errors)",
-    "likelihood-reconstructions": "{name}: reconstructions E[x | z], z ~ q(z | x)",
-    "likelihood-samples": "{name}: samples, z ~ p(z) by one seed, in the latents of each model",
     # of a diagnosis
     "diagnosis-latents": "Which latents carry anything: {active} of {num_latents} are active",
     "diagnosis-aggregate": "Is the aggregate posterior the prior? Each latent alone can look right while all do not",
@@ -65,20 +63,20 @@ TITLES = {
 
 # --- Captions of a run's figures ---
 
-_FIGURES = {
+FIGURES = {
     "training_curves.png": "Training. Look whether the validation curve still rises at the end (train longer) or falls "
     "behind the training curve (the network learns the training images by heart).",
     "reconstructions.png": "Test images, and what is left of them after the code. Look for strokes and textures that "
     "are lost.",
-    "prior_samples.png": "What the decoder makes of draws from the prior. They should look like the data, and differ "
-    "from each other.",
+    "prior_samples.png": "What the decoder makes of draws from the prior. A VAE's should look like the data, and "
+    "differ from each other; an autoencoder was never trained on them.",
     "interpolations.png": "Straight lines between the codes of two images. Each step should be one image, not two laid "
     "over each other.",
     "traversals.png": "From the code of the most central test image along the principal directions of all codes, as "
     "far as codes go. Rows should change the image into others like the data; where no row changes anything, codes "
     "tell nothing.",
     "manifold.png": "The whole plane of two latents, decoded.",
-    "latents.png": "Codes of test images, and draws of the prior in gray. Each should be where the other is.",
+    "latents.png": "Codes of test images, and draws of the prior in gray. Those of a VAE should be in the same places.",
     "log_likelihoods.png": "log p(x) is a mean over images that differ much. Look at the least likely ones.",
     "particles.png": "The bound rises with importance samples. Flat at its right end, it may have settled; with a "
     "k-hat above 0.7 rare particles carry it, and it can be flat and still too low.",
@@ -86,7 +84,8 @@ _FIGURES = {
 DIAGNOSIS_FIGURES = {
     "diagnosis-latents.png": "What each latent tells, and how much its mean varies over images; those near zero are "
     "unused.",
-    "diagnosis-aggregate.png": "All codes together against the prior, latent by latent: the bars should be short.",
+    "diagnosis-aggregate.png": "All codes together against the prior, latent by latent: the bars of a VAE should be "
+    "short. No prior was in the training of an autoencoder.",
     "diagnosis-noise.png": "The data's directions in units of the likelihood's noise; a linear "
     "decoder near the state that ignores z learns those above the line.",
     "diagnosis-holes.png": "Decoded prior draws that the images' smoothed posteriors cover least, beside ordinary ones "
@@ -94,40 +93,17 @@ DIAGNOSIS_FIGURES = {
     "diagnosis-pixels.png": "Whether pixels are distributed as the likelihood says: the bars should be level.",
 }
 
-# Captions for a plain autoencoder: its training has no prior, and asks nothing of codes but reconstructions.
-_AUTOENCODER_FIGURES = {
-    "training_curves.png": "Training. The reconstruction term alone: look whether the validation curve still rises at "
-    "the end (train longer) or falls behind the training curve (the network learns the training images by heart).",
-    "prior_samples.png": "Draws of a standard normal, decoded: no samples of a model. Training asked no codes to lie "
-    "where these are, so they need not look like the data.",
-    "interpolations.png": "Straight lines between the codes of two images. Between codes the decoder was not trained, "
-    "and what stands there may be no image.",
-    "manifold.png": "The whole plane of two latents, decoded, most of it perhaps far from any code.",
-    "latents.png": "Codes of test images, and draws of a standard normal for scale: training asked no code to lie "
-    "among them.",
-    "diagnosis-latents.png": "How much each latent varies over images; those near zero are unused.",
-    "diagnosis-aggregate.png": "All codes together against a standard normal, latent by latent. No prior was in the "
-    "training, so long bars are no fault.",
-}
-
-
-def figure_caption(run: Run, name: str) -> str:
-    """The caption of one of a run's figures, by its file name; empty for a figure without one."""
-    own = _AUTOENCODER_FIGURES if is_autoencoder(run.options) else {}
-    return (_FIGURES | DIAGNOSIS_FIGURES | own).get(name, "")
-
 
 # --- A run's page ---
 
 SECTIONS = {
-    "likelihood": "How likely it finds test images",
+    "likelihood": "Evaluation",
     "verdicts": "What stands out",
     "explore": "Move through its latent space",
     "figures": "Training and pictures",
     "diagnosis": "Behind the verdicts",
     "setup": "What was trained",
 }
-AUTOENCODER_SECTIONS = {"likelihood": "How well it reconstructs"}
 
 NO_EXPLORER = "There is no live picture here. {reason}"
 EXPLORER_HELP = (
@@ -295,8 +271,8 @@ CAPTIONS = {
     "bounds": "Differences of L_S and of the ELBO to beta = 1 on the same test images, with standard errors, near the "
     "best beta. Hollow marks are estimates that have not settled.",
     "beta": "Nats per image ± standard error over images. L_S is the importance-weighted bound on log p(x).",
-    "slider": "{dataset}. Move beta and compare both rows with the test images: where are reconstructions exact, where "
-    "are samples of the prior like the data, and from where on are all pictures the same?",
+    "sweep": "{dataset}: {name} along beta. Where are reconstructions exact, where are samples of the prior like the "
+    "data, and from where on are all pictures the same?",
     "aggregate": "Four measures of codes against the prior along beta; dashed: the autoencoder. The first three should "
     "be low, and the last should not be zero.",
     "check": "KS: the Kolmogorov-Smirnov distance of the farthest latent. The last two columns add up to the mean KL, "

@@ -32,16 +32,12 @@ class NoiseSpectrum:
     Args:
         eigenvalues: (D',) descending.
         edge: what independent pixels reach by chance; eigenvalues are counted above it.
-        num_images: N.
-        gaussian_variance: the likelihood's mean variance, squared pixel units; None if it has none.
         live_by_sum: directions above the noise at beta = 1, with log p(x | z) summed over pixels.
         live_by_mean: the same with log p(x | z) averaged over pixels.
     """
 
     eigenvalues: Tensor
     edge: float = 0.0
-    num_images: int = 0
-    gaussian_variance: float | None = None
     live_by_sum: int = 0
     live_by_mean: int = 0
 
@@ -53,33 +49,17 @@ class NoiseSpectrum:
 def measure_noise(family: Likelihood, x: Tensor) -> NoiseSpectrum | None:
     """The spectrum of training images (N, *E), as the model sees them, in units of the likelihood's noise.
 
-    Its Gaussian variance is sigma^2 = (1/D) sum_d Var(x_d | h_d) at the features h of the pixels' marginals, to which a
-    copy of ``family`` is fitted. Times beta (and times D if log p is averaged over pixels), it is the noise that a
-    linear VAE compares with the eigenvalues of Cov(x).
-
     Returns None if the likelihood's first feature is not a location, and if no training pixel varies.
     """
     if not has_location(family):
         return None
-    with torch.no_grad(), seeded(0, x.device):
-        fitted = copy.deepcopy(family)
-        h = fitted.fit_marginals(x)
-        scores = whiten_scores(fitted, x)
-        if not scores.shape[1]:
-            return None
-        eigenvalues, edge = compute_eigenvalues(scores), compute_edge(scores)
-        try:
-            variance = float(fitted.double()(h.double()).variance.mean())
-        except (NotImplementedError, AttributeError):
-            variance = 0.0
-    return NoiseSpectrum(
-        eigenvalues,
-        edge,
-        len(x),
-        variance if 0 < variance < float("inf") else None,
-        live_by_sum=live_directions(eigenvalues, edge=edge),
-        live_by_mean=live_directions(eigenvalues, beta=x[0].numel(), edge=edge),
-    )
+    with seeded(0, x.device):
+        scores = whiten_scores(family, x)
+    if not scores.shape[1]:
+        return None
+    eigenvalues, edge = compute_eigenvalues(scores), compute_edge(scores)
+    by_mean = live_directions(eigenvalues, beta=x[0].numel(), edge=edge)
+    return NoiseSpectrum(eigenvalues, edge, live_directions(eigenvalues, edge=edge), by_mean)
 
 
 def has_location(family: Likelihood) -> bool:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ppl_vae.diagnostics.measurement import Measurements, TrainedWith
+from ppl_vae.diagnostics.measurement import Measurements
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.training.settings import default_warmup
 
@@ -144,37 +144,34 @@ def _judge_ignored_z(numbers: Measurements) -> Verdict | None:
     evidence = [f"reconstructions vary {words} of what the images do (threshold {SAME_VARIATION})"]
     if rate is not None:
         evidence.append(f"rate {plus_minus(rate, 2)} nats (threshold {SAME_RATE})")
-    reason, change = _explain_ignored_z(numbers)
-    words = ", ".join(evidence) + reason
-    return Verdict("decoder ignores z", "broken", words, "diagnosis-latents.png", change)
+    words = ", ".join(evidence) + _explain_ignored_z(numbers)
+    return Verdict("decoder ignores z", "broken", words, "diagnosis-latents.png", _bring_back_z(numbers))
 
 
-def _explain_ignored_z(numbers: Measurements) -> tuple[str, Change]:
-    """What the effective noise says about it, and what to change."""
+def _explain_ignored_z(numbers: Measurements) -> str:
+    """What the effective noise says about it."""
     trained, noise = numbers.trained_with, numbers.noise
-    if numbers.autoencoder:
-        return "", {"posterior": "diagonal", "beta": 1.0}
-    if noise is None or trained is None:
-        return "", _prevent_collapse(trained)
+    if noise is None or trained is None or numbers.autoencoder:
+        return ""
     live = noise.count_live(trained.beta)
     if live == 0:
-        largest = float(noise.eigenvalues.max()) if len(noise.eigenvalues) else 0.0
-        reason = (
+        return (
             f"; the noise predicts it: at beta = {trained.beta:g} no direction of the data exceeds it (the largest "
-            f"eigenvalue is {largest:.3g} in its units; independent pixels reach {noise.edge:.3g})"
+            f"eigenvalue is {float(noise.eigenvalues[0]):.3g} in its units; independent pixels reach {noise.edge:.3g})"
         )
-        return reason, {"beta": 1.0} if trained.beta > 1 else _choose_likelihood(trained)
-    reason = (
+    return (
         f"; the noise does not predict it: at beta = {trained.beta:g} {live} directions exceed it, so look for a mean "
         f"over pixels in the loss (with which {noise.live_by_mean} would), or for training without a warm-up"
     )
-    return reason, _prevent_collapse(trained)
 
 
-def _prevent_collapse(trained: TrainedWith | None) -> Change:
-    """Free bits, which need each latent's KL in closed form; else twice the default warm-up."""
-    if trained is None or (trained.prior == "standard-normal" and trained.posterior == "diagonal"):
-        return {"objective": "free-bits"}
+def _bring_back_z(numbers: Measurements) -> Change:
+    """A density for an autoencoder, beta = 1 for a larger one, else twice the default warm-up."""
+    trained = numbers.trained_with
+    if numbers.autoencoder:
+        return {"posterior": "diagonal", "beta": 1.0}
+    if trained is None or trained.beta > 1:
+        return {"beta": 1.0}
     return {"warmup_epochs": 2 * default_warmup(trained.epochs or 1) or 1}
 
 
@@ -251,17 +248,11 @@ def _judge_holes(numbers: Measurements) -> Verdict | None:
 
 
 def _bring_codes_to_prior(numbers: Measurements) -> Change:
-    """beta = 1 for a smaller one, a learned scale for a fixed one, a learned prior for a fixed one, else twice beta."""
+    """beta = 1 for a smaller one, a learned prior for a fixed one, else twice beta."""
     trained = numbers.trained_with
-    if _is_under_regularized(numbers) or (trained is not None and trained.beta < UNDER_BETA):
+    if _is_under_regularized(numbers) or trained is None or trained.beta < UNDER_BETA:
         return {"beta": 1.0}
-    if trained is None:
-        return {"beta": 2.0}
-    if trained.likelihood == "normal-fixed":
-        return {"likelihood": "normal"}
-    if trained.prior == "standard-normal" and trained.objective != "free-bits" and numbers.latent_dim > 1:
-        return {"prior": "flow"}
-    return {"beta": 2 * trained.beta}
+    return {"prior": "flow"} if trained.prior == "standard-normal" else {"beta": 2 * trained.beta}
 
 
 # --- The likelihood, and the estimate ---
@@ -274,31 +265,24 @@ def _judge_mismatch(numbers: Measurements) -> Verdict | None:
         return None
     if found.verdict == "calibrated" or found.largest_deviation <= MISMATCH_DEVIATION:
         return None
+    other = _FLEXIBLE.get(trained.data if trained else "", "normal")
     return Verdict(
         "likelihood mismatch",
         "warning",
         f"pixels are not where p(x | z) expects them: {found.verdict}; the cumulative histogram is off by up to "
         f"{100 * found.largest_deviation:.1f} points (threshold {100 * MISMATCH_DEVIATION:.0f})",
         "diagnosis-pixels.png",
-        _choose_likelihood(trained),
+        None if other == (trained and trained.likelihood) else {"likelihood": other},
     )
 
 
-# The most flexible likelihoods for each kind of data, the best first. Source: ours.
-_FLEXIBLE: Mapping[str, Sequence[str]] = {
-    "8-bit levels": ("discretized-logistic-mixture", "categorical"),
-    "real values": ("normal-per-pixel", "student-t"),
-    "probabilities": ("beta", "normal-per-pixel"),
-    "counts": ("negative-binomial", "poisson"),
+# A flexible likelihood for each kind of data. Source: ours.
+_FLEXIBLE = {
+    "8-bit levels": "discretized-logistic-mixture",
+    "real values": "normal-per-pixel",
+    "probabilities": "beta",
+    "counts": "negative-binomial",
 }
-
-
-def _choose_likelihood(trained: TrainedWith | None) -> Change:
-    """A learned scale for a fixed one, else the most flexible likelihood that is not the run's own."""
-    if trained is None or trained.likelihood == "normal-fixed":
-        return {"likelihood": "normal"}
-    best = _FLEXIBLE.get(trained.data, ("normal",))
-    return {"likelihood": next((other for other in best if other != trained.likelihood), best[0])}
 
 
 def is_reliable(rise: Estimate, unreliable: Estimate) -> bool:

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import signal
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from ppl_vae import runs
 from ppl_vae.commands.options import RunStudy
-from ppl_vae.commands.run_series import check_same_options, train_or_resume
+from ppl_vae.commands.run_series import check_runs, train_or_resume
 from ppl_vae.diagnostics.likelihood import measure_noise
 from ppl_vae.reports.page.blocks import Section, Text, page
 from ppl_vae.reports.page.explorer import make_explorer
 from ppl_vae.reports.text.pages import QUESTIONS, SUBTITLE, TITLE
 from ppl_vae.runs.build import build_likelihood
 from ppl_vae.runs.open import Say, open_run
-from ppl_vae.runs.options import compiling_pays
 from ppl_vae.runs.outputs import make_output_folder, write_figure
-from ppl_vae.runs.resolve import count_steps, find_device, resolve
 from ppl_vae.runs.results import is_evaluated, read_evaluation, to_json
-from ppl_vae.runtime import capture
 from ppl_vae.runtime.errors import Interrupted
 from ppl_vae.runtime.process import progress_bar
 from ppl_vae.study.data import MOST_TRAINING_IMAGES, StudyData, load_study_data, write_strip
@@ -75,7 +71,6 @@ def collect(
         replace(each, options=replace(each.options, data_dir=data_dir))
         for each in plan(size, [each.options.dataset for each in loaded.values()], num_pixels=num_pixels)
     ]
-    planned = choose_compiled(planned, loaded)
     folder = Path(output)
     _make_folder(folder, planned, loaded)
     with runs.lock_folder(folder):
@@ -116,38 +111,15 @@ def _load_data(size: Size, datasets: Sequence[str], data_dir: str | None) -> Loa
     return found
 
 
-def choose_compiled(planned: Sequence[Planned], loaded: LoadedData) -> list[Planned]:
-    """Compiles short runs if enough of them share a graph, which the compiler's cache knows after the first.
-
-    beta is a tensor in the graph, and the data are no part of it.
-    """
-    if capture.capture_obstacle(find_device("cpu")) is not None:
-        return list(planned)
-
-    def graph(each: Planned) -> tuple[object, ...]:
-        names = ("latent_dim", "posterior", "objective", "free_bits")
-        return (*(getattr(each.options, name) for name in names), *loaded[each.dataset].splits.event_shape)
-
-    steps: Counter[object] = Counter()
-    for each in planned:
-        steps[graph(each)] += count_steps(each.options, len(loaded[each.dataset].splits.train))
-    return [
-        replace(each, options=replace(each.options, compile="on")) if compiling_pays(steps[graph(each)]) else each
-        for each in planned
-    ]
-
-
 def _make_folder(folder: Path, planned: Sequence[Planned], loaded: LoadedData) -> None:
     """Makes a new folder, or takes one with runs of the same options.
 
     Raises:
         ValueError: Another folder.
     """
-    for each in planned:
-        run_dir = folder / RUNS / each.name
-        if (run_dir / runs.CONFIG).exists():
-            resolved = resolve(each.options, loaded[each.dataset].splits)
-            check_same_options(run_dir, each.options, resolved, frozenset({"compile"}))
+    for word, each in loaded.items():
+        asked = {folder / RUNS / run.name: run.options for run in planned if run.dataset == word}
+        check_runs(asked, each.splits)
     if not (folder / RUNS).is_dir():
         make_output_folder(str(folder), folder)
         (folder / RUNS).mkdir()

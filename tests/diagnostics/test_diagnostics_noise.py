@@ -19,7 +19,6 @@ from ppl_vae.diagnostics.likelihood import (
     compute_eigenvalues,
     has_location,
     live_directions,
-    measure_noise,
     whiten_scores,
 )
 from ppl_vae.parts import likelihoods
@@ -164,16 +163,6 @@ def test_a_pixel_louder_than_the_noise_does_not_lift_the_edge():
     family, features = UserNormal((20,), 1.0), torch.zeros(20)
     assert float(noise_eigenvalues(family, x, features=features)[0]) > 8
     assert edge_of(family, x, features=features) == pytest.approx((1 + math.sqrt(20 / 2000)) ** 2, rel=0.08)
-
-
-# --- The noise as a Gaussian's ---
-
-
-def test_a_bernoullis_noise_is_that_of_its_marginals():
-    x = binary_data(20_000)
-    rate = x.mean(0)
-    found = measure_noise(likelihoods.Bernoulli((6,)), x)
-    assert found.gaussian_variance == pytest.approx(float((rate * (1 - rate)).mean()), rel=1e-3)
 
 
 # --- Predicted, and trained ---

@@ -166,28 +166,25 @@ HOLES: dict[str, Any] = {"aggregate": aggregate(0.99)}
     ("changed", "trained", "change"),
     [
         (COLLAPSED, replace(STANDARD, beta=100.0), {"beta": 1.0}),
-        (COLLAPSED, STANDARD, {"objective": "free-bits"}),
         (COLLAPSED, TRAINED, {"warmup_epochs": 6}),
-        (COLLAPSED, replace(STANDARD, posterior="full"), {"warmup_epochs": 6}),
-        (COLLAPSED | {"noise": noise(0.3)}, replace(TRAINED, likelihood="normal-fixed"), {"likelihood": "normal"}),
         ({"implied_beta": value(20.0)}, replace(TRAINED, beta=20.0), {"beta": 1.0}),
         ({"implied_beta": value(3.0)}, TRAINED, {"epochs": 20}),
         ({"active": active(3)}, TRAINED, {"latent_dim": 6}),
         (HOLES, replace(TRAINED, beta=0.01), {"beta": 1.0}),
         (HOLES, TRAINED, {"beta": 2.0}),
         (HOLES, STANDARD, {"prior": "flow"}),
-        (HOLES, replace(TRAINED, likelihood="normal-fixed"), {"likelihood": "normal"}),
-        (HOLES | {"implied_beta": value(0.3)}, replace(STANDARD, objective="free-bits"), {"beta": 2.0}),
         ({"calibration": pixels(0.3)}, TRAINED, {"likelihood": "normal-per-pixel"}),
         (
             {"calibration": pixels(0.3)},
             replace(TRAINED, likelihood="discretized-logistic-mixture", data="8-bit levels"),
-            {"likelihood": "categorical"},
+            None,
         ),
         ({"importance": estimate(5.0)}, TRAINED, {"num_particles": 5000}),
     ],
 )
-def test_the_change_fits_the_training(changed: dict[str, Any], trained: TrainedWith, change: dict[str, Any]) -> None:
+def test_the_change_fits_the_training(
+    changed: dict[str, Any], trained: TrainedWith, change: dict[str, Any] | None
+) -> None:
     assert only(numbers(**changed, trained_with=trained)).change == change
 
 

@@ -17,7 +17,7 @@ from ppl_vae.runs.results import Diagnosis
 _ADVICE = {
     "not settled": "Train for longer",
     "autoencoder": "Train a variational autoencoder instead",
-    "decoder ignores z": "Train again, with the default warm-up, and with something that keeps the latents in use",
+    "decoder ignores z": "Train again with a longer warm-up, or with less weight on the KL",
     "over-regularized": "Train again with less weight on the KL; if beta is 1 already, train for longer",
     "under-regularized": "Train again with more weight on the KL; if beta is 1 already, train for longer",
     "dead units": "Train again with fewer latents",

@@ -281,10 +281,9 @@ def test_the_run_folders_are_left_as_they_are(folders, tmp_path):
 
 def test_a_copy_of_a_run_draws_the_same_noise_and_differs_by_nothing(folders, tmp_path):
     copy = Path(shutil.copytree(folders["a"], tmp_path / "copy"))
-    entry, said = _compare({"a": folders["a"], "copy": copy}, ["a", "copy"], tmp_path / "out", seed=5)
+    entry, _ = _compare({"a": folders["a"], "copy": copy}, ["a", "copy"], tmp_path / "out", seed=5)
     found = entry["comparisons"][0]
     assert (found["difference"]["mean"], found["bound"]) == (0, "not distinguishable")
-    assert "the two are one model" in said
 
 
 def _constant(bounds, rise):
@@ -295,7 +294,7 @@ def _constant(bounds, rise):
 
 @pytest.mark.parametrize(
     ("rise", "ranked", "words"),
-    [(0.1, True, "log p(x) ranks so too"), (5.0, False, "--num-particles 200 says more")],
+    [(0.1, True, "log p(x) ranks so too"), (5.0, False, "more --num-particles say more")],
 )
 def test_a_difference_below_the_rise_ranks_the_bounds_alone(folders, tmp_path, monkeypatch, rise, ranked, words):
     """The second run is 2 ± 0.01 nats above the first."""

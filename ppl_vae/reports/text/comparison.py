@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from ppl_vae.evidence.estimate import CONFIDENCE, INDISTINCT, SEED_NATS, Estimate, PairedDifference
-from ppl_vae.reports.text import markdown_table, plus_minus
+from ppl_vae.reports.text import format_number, markdown_table, plus_minus
 from ppl_vae.reports.text.diagnosis import describe_calibration
 from ppl_vae.runs.command_results import ComparedPair, Comparison, LikelihoodRow, NetworkRow
 from ppl_vae.runs.options import PLACES, Options
@@ -49,7 +49,7 @@ def describe_comparison(found: Comparison) -> list[str]:
         gained = "" if run.rise is None or math.isnan(run.rise) else f"; ten times the particles gained {run.rise:.3f}"
         lines.append(f"  {run.name}: bound L_{S} {plus_minus(run.log_likelihood)} nats per image{bits}{gained}")
     for pair in found.comparisons:
-        lines += [pair.verdict, _describe_errors(pair), _describe_log_p(pair, S)]
+        lines += [pair.verdict, _describe_errors(pair), _describe_log_p(pair)]
     if len(found.comparisons) > 1:
         lines.append(f"{len(found.comparisons)} comparisons: all their intervals hold at once with {CONFIDENCE:.0%}.")
     if found.num_images < _FEW_IMAGES:
@@ -71,21 +71,17 @@ def _describe_errors(pair: ComparedPair) -> str:
     )
 
 
-def _describe_log_p(pair: ComparedPair, num_particles: int) -> str:
+def _describe_log_p(pair: ComparedPair) -> str:
     """What the difference of the bounds says of log p(x)."""
-    if pair.interval == (0, 0):
-        return "  every image has the same bound, to the last bit: the two are one model"
+    gained = f"what ten times the particles gained ({format_number(pair.rise, 3)} nats)"
     if pair.bound == INDISTINCT:
         return "  that is not the same as equal: a difference within the interval would not have been seen"
     if pair.ranks_log_likelihood:
         return (
-            f"  the whole interval is beyond what ten times the particles gained ({pair.rise:.3f} nats): log p(x) "
-            "ranks so too, unless a guide much narrower than its posterior hides that a bound lacks more"
+            f"  the whole interval is beyond {gained}: log p(x) ranks so too, unless a guide much narrower than its "
+            "posterior hides that a bound lacks more"
         )
-    reason, more = f"ten times the particles still gained {pair.rise:.3f} nats, which may hide it", 10 * num_particles
-    if math.isnan(pair.rise):
-        reason, more = f"S = {num_particles} shows nothing of what the bounds still lack", 200
-    return f"  the bounds are ranked, log p(x) is not: {reason}; --num-particles {more} says more"
+    return f"  the bounds are ranked, log p(x) is not: {gained} may hide it; more --num-particles say more"
 
 
 # --- The table of likelihoods ---
@@ -118,26 +114,14 @@ def describe_likelihood_table(rows: Sequence[LikelihoodRow]) -> list[str]:
 
 
 def _explain_likelihood_table(rows: Sequence[LikelihoodRow]) -> list[str]:
-    lines = ["floor: independent pixels with the training images' marginals; best: the epoch that validation chose"]
-    if len(rows) > 1:
-        unit = "bits/dim" if rows[0].bits_per_dim is not None else "nats per image"
-        lines.append(
-            f"behind the best: paired on the same images, {unit} ± standard error; ~ is not distinguishable from the "
-            f"first row (intervals that hold together with {CONFIDENCE:.0%})"
-        )
-    if any(row.kind == "exact" for row in rows):
-        lines.append(
-            "exact: trained as a density of (level + u) / 256, evaluated by the exact masses that it gives to levels"
-        )
-    unsure = [row.likelihood for row in rows if row.ranks_log_likelihood is False]
-    if unsure:
-        lines.append(
-            f"ten times the particles gained as much as separates the first row from {', '.join(unsure)}: there the "
-            "bounds are ranked, log p(x) is not"
-        )
     low, high = SEED_NATS
+    unsure = ", ".join(row.likelihood for row in rows if row.ranks_log_likelihood is False) or "none"
     return [
-        *lines,
+        "floor: independent pixels with the training images' marginals; best: the epoch that validation chose",
+        "behind the best: paired on the same images, bits per dimension of 8-bit levels, else nats; ~ is not "
+        f"distinguishable from the first row (intervals that hold together with {CONFIDENCE:.0%})",
+        "exact: trained as a density of (level + u) / 256, evaluated by the exact masses that it gives to levels",
+        f"bounds ranked, log p(x) not, since ten times the particles gained as much as the difference: {unsure}",
         "the same epochs are not the same time: see seconds. One training each: these trained models are compared, and "
         f"another seed moves a VAE by {low} to {high} nats on binary pixels, often more on others",
     ]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ppl_vae.diagnostics.likelihood import PixelCalibration
 from ppl_vae.diagnostics.measurement import Measurements
-from ppl_vae.diagnostics.verdicts import Verdict, is_importance_weighted, plus_minus
+from ppl_vae.diagnostics.verdicts import Verdict, plus_minus
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.reports.text import describe_sample
 from ppl_vae.runs.options import format_flag
@@ -25,11 +25,6 @@ _ADVICE = {
     "likelihood mismatch": "Train again with a likelihood that has the shape of the pixels' noise",
     "unreliable estimate": "Evaluate again with more particles; if the guide is under-regularized, train again first",
 }
-
-_UNKNOWN_BETA = (
-    "unknown (too little is carried or by several layers, all images are alike, or wider posteriors would not trade "
-    "reconstruction for KL)"
-)
 
 
 def describe_diagnosis(found: Diagnosis, run: str, *, has_validation: bool) -> list[str]:
@@ -87,12 +82,7 @@ def _describe_terms(numbers: Measurements) -> str:
     distortion = f"distortion -E_q[log p(x | z)] {plus_minus(numbers.reconstruction, 2, sign=-1)} nats"
     if numbers.kl is None:
         return distortion
-    implied, trained = numbers.implied_beta, numbers.trained_with
-    beta = _UNKNOWN_BETA if implied is None else plus_minus(implied)
-    if implied is not None and is_importance_weighted(numbers):
-        beta += " (of an ELBO; a bound of several particles asks for other widths)"
-    elif implied is not None and trained is not None and trained.objective == "free-bits":
-        beta += " (free bits imply less than their own)"
+    beta = "unknown" if numbers.implied_beta is None else plus_minus(numbers.implied_beta)
     return f"rate KL {plus_minus(numbers.kl, 2)} nats, {distortion}; the weights imply beta = {beta}"
 
 
@@ -132,13 +122,11 @@ def _describe_noise(numbers: Measurements) -> str:
     if noise is None or numbers.autoencoder:  # an autoencoder weighs no KL against the noise
         return ""
     beta = numbers.trained_with.beta if numbers.trained_with else 1.0
-    words = [f"{noise.live_by_sum:,} of {len(noise.eigenvalues):,} directions of the data exceed it at beta = 1"]
-    if beta != 1:
-        words.append(f"{noise.count_live(beta):,} at beta = {beta:g}")
-    words.append(f"{noise.live_by_mean:,} had pixels been averaged")
-    if noise.edge > min(1.0, beta):
-        words.append(f"counted above {noise.edge:.2f}, which independent pixels reach by chance")
-    return f"effective noise: {', '.join(words)}"
+    return (
+        f"effective noise: {noise.count_live(beta):,} of {len(noise.eigenvalues):,} directions of the data exceed it "
+        f"at beta = {beta:g}, {noise.live_by_mean:,} had pixels been averaged, counted above {noise.edge:.2f}, which "
+        "independent pixels reach by chance"
+    )
 
 
 def _describe_pictures(numbers: Measurements) -> list[str]:

@@ -211,10 +211,10 @@ def implied_beta(vae: LatentModel, x: Tensor, *, draws: int = 8) -> Estimate | N
     """beta = (d/dlog c E_q[log p(x | z)]) / (d/dlog c KL(q || p)) at c = 1, for a factor c on all scales of the guide.
 
     Training with weight beta ends where no change of the guide improves reconstruction - beta KL. One such change is to
-    widen every posterior about its mean, z = m + c (z_0 - m), z_0 ~ q(z | x), and a VampPrior widens with them. So the
-    weights show which beta they were trained with, in the unit of the likelihood's nats: a mean over D pixels implies
-    D. If training was cut short, or the guide cannot express other widths, the result is not the beta of training; free
-    bits, which limit the KL's pressure, imply less.
+    widen every posterior about its mean, z = m + c (z_0 - m), z_0 ~ q(z | x). So the weights show which beta they were
+    trained with, in the unit of the likelihood's nats: a mean over D pixels implies D. If training was cut short, or
+    the guide cannot express other widths, the result is not the beta of training; free bits, which limit the KL's
+    pressure, imply less.
 
     d log p(x | z) / d log c is computed by autograd at pairs of draws z_0 and 2 m - z_0, whose linear terms cancel. The
     KL's derivative is closed for normals (sum_l s_l^2 - 1 for a standard normal prior), else
@@ -228,15 +228,15 @@ def implied_beta(vae: LatentModel, x: Tensor, *, draws: int = 8) -> Estimate | N
     Returns:
         The implied beta. None if the KL is at most 0.1 nats, or its derivative at most 0.05 nats or three standard
         errors (the decoder nearly ignores z); if the guide has no width (an autoencoder), or several layers, each with
-        its own width; if all images are the same; and if the ratio is negative, since wider posteriors would then
-        improve both terms or worsen both.
+        its own width; under a VampPrior, which widens with the guide; if all images are the same; and if the ratio is
+        negative, since wider posteriors would then improve both terms or worsen both.
 
     Source: ours.
     """
     draws = check_count("draws", draws)
     check_support(vae.model, x)
     prior = vae.prior()
-    if isinstance(prior, LayeredDistribution):
+    if isinstance(prior, LayeredDistribution | VampMixture):
         return None
     passes = x.split(max(1, pairs_per_pass(vae, x) // (2 * draws)))
     parts = [_slopes(vae, images, prior, draws) for images in passes]
@@ -258,22 +258,6 @@ def _derivative(total: Tensor, log_c: Tensor) -> Tensor:
     return torch.zeros_like(log_c) if found is None else found
 
 
-def _log_prior(prior: Distribution, z: Tensor, log_c: Tensor) -> Tensor:
-    """log p(z) after all of the guide's scales are multiplied by c.
-
-    For a VampPrior that is log (1/K) sum_k q_k(m_k + (z - m_k) / c) / c^L; no other prior has the guide's scales.
-    z: (S, B, L), log_c: (B,) -> (S, B) nats.
-    """
-    if not isinstance(prior, VampMixture):
-        return prior.log_prob(z)
-    components = prior.component_distribution
-    with torch.no_grad():
-        mean = compute_moments(components).mean
-    nearer = mean + (z[..., None, :] - mean) * (-log_c).exp()[:, None, None]
-    log_p = components.log_prob(nearer) + prior.mixture_distribution.logits.log_softmax(-1)
-    return log_p.logsumexp(-1) - z.shape[-1] * log_c
-
-
 def _slopes(vae: LatentModel, x: Tensor, prior: Distribution, draws: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(B,) each: d/dlog c of the reconstruction and of the KL, the draws' mean distance from m, and the KL."""
     with torch.no_grad():
@@ -288,7 +272,7 @@ def _slopes(vae: LatentModel, x: Tensor, prior: Distribution, draws: int) -> tup
         z = mean + log_c.exp()[:, None] * away
         gain = _derivative(vae.likelihood(z).log_prob(x).sum(), log_c) / len(z)
         if normals is None or p is None:
-            log_p = _log_prior(prior, z, log_c)
+            log_p = prior.log_prob(z)
             rate = -z.shape[-1] - _derivative(log_p.sum(), log_c) / len(z)
             kl = (q.log_prob(z) - log_p).mean(0)
         else:

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from ppl_vae import VAE
 from ppl_vae.diagnostics import AggregatePosterior, active_units, elbo_split, implied_beta, latent_kl
 from ppl_vae.evidence.moments import PosteriorMoments
-from ppl_vae.parts.priors import StandardNormal, VampPrior
+from ppl_vae.parts.priors import StandardNormal
 from ppl_vae.runtime.global_state import seeded
 
 CPU = torch.device("cpu")
@@ -208,31 +208,6 @@ def tempered(oracle, beta, *, widen=1.0):
     """The decoder of the oracle with the diagonal guide that is best for reconstruction - beta KL."""
     hot = LinearGaussian(oracle.W, oracle.b, oracle.scale * math.sqrt(beta)).vae(widen=widen)
     return VAE(hot.prior, oracle.vae().likelihood, hot.posterior)
-
-
-def _widened_kl(c, m, s, m_k, s_k):
-    """KL(q_c || p_c) by quadrature, q_c = N(m, (c s)^2) and p_c = mean_k N(m_k, (c s_k)^2)."""
-    q, p = scipy.stats.norm(m, c * s), [scipy.stats.norm(*part) for part in zip(m_k, c * s_k, strict=True)]
-    z = np.linspace(m - 10 * c * s, m + 10 * c * s, 4001)
-    log_p = scipy.special.logsumexp([part.logpdf(z) for part in p], axis=0) - math.log(len(p))
-    return scipy.integrate.simpson(q.pdf(z) * (q.logpdf(z) - log_p), x=z)
-
-
-def test_the_components_of_a_vamp_prior_widen_with_the_guide():
-    """x = 2 z + 0.8 e: the gain is -(2 s)^2 / 0.8^2, and the rate's slope a difference quotient of integrals."""
-    loc, scale = np.array([-1.5, -0.4, 0.3, 1.2]), np.array([0.3, 0.6, 0.5, 0.2])
-    m_k, s_k = loc[[0, 3]], scale[[0, 3]]
-    gain = -np.square(2 * scale / 0.8).mean()
-    steps = [[_widened_kl(c, m, s, m_k, s_k) for m, s in zip(loc, scale, strict=True)] for c in (0.999, 1.001)]
-    slope = (np.mean(steps[1]) - np.mean(steps[0])) / (math.log(1.001) - math.log(0.999))
-    vae = guided(loc[:, None], scale[:, None])
-    vae.prior = VampPrior(vae.posterior, (1,), components=2).double()
-    with torch.no_grad():
-        vae.prior.pseudo_images.copy_(torch.tensor([[0.0], [3.0]]))
-    vae.likelihood = lambda z: dist.Normal(2 * z, 0.8).to_event(1)
-    with seeded(0, CPU):
-        found = implied_beta(vae, indices(4).repeat(100, 1), draws=200)
-    assert found.mean == pytest.approx(gain / slope, rel=0.02)
 
 
 @pytest.mark.parametrize("beta", [0.01, 0.5, 1.0, 4.0, 10.0])

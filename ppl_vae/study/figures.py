@@ -117,35 +117,8 @@ def draw_active(study: StudyNumbers) -> Figure:
     return figure
 
 
-_MEASURES = {
-    "classifier": "classifier's effect: 0 alike, 1 apart",
-    "largest_distance": "largest Kolmogorov-Smirnov distance",
-    "holes": "share of prior draws in holes",
-    "mutual_information": "mutual information, nats",
-}
-
-
-def draw_aggregate(study: StudyNumbers) -> Figure:
-    """Four measures of codes against the prior along beta; dashed: the autoencoder."""
-    figure = Figure(figsize=(9.0, 5.8), layout="constrained")
-    panels = figure.subplots(2, 2)
-    for axes, (measure, title) in zip(panels.flat, _MEASURES.items(), strict=True):
-        for place, dataset in enumerate(study.datasets):
-            sweep, color = study.find_sweep(dataset), f"C{place}"
-            values = [getattr(run.prior_match, measure, None) for run in sweep]
-            _draw_curve(axes, sweep, values, label=dataset, color=color)
-            for run in study.find_runs([name_run(dataset, "autoencoder")]):
-                value = _mean(getattr(run.prior_match, measure, None))
-                axes.axhline(value, color=color, linewidth=1, linestyle="--")
-        _set_beta_axis(axes)
-        axes.set_title(title)
-    panels[0, 0].legend()
-    return figure
-
-
 _FIGURES: dict[str, Callable[[StudyNumbers], Figure]] = {
     "active": draw_active,
     "rate-distortion": draw_rate_distortion,
     "bounds": draw_bounds,
-    "aggregate": draw_aggregate,
 }

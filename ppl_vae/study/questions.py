@@ -155,7 +155,7 @@ def explain_check(source: PageSource) -> Section:
             distances: Row = [match.largest_distance, match.classifier, _format_share(match.holes)]
             rows.append([dataset, model, run.active, *distances, information, match.marginal_kl])
     columns = ["data", "beta", "active", "largest KS", "classifier", "holes", "mutual information", "KL to prior"]
-    return _make_section("check", source.show_figure("aggregate"), _make_table("check", columns, rows))
+    return _make_section("check", _make_table("check", columns, rows))
 
 
 def explain_blur(source: PageSource) -> Section:

@@ -30,7 +30,7 @@ def test_the_report_has_every_section_and_figure(study_folder):
     html = (study_folder / "report.html").read_text()
     assert len(headings(html)) == 8
     figures = list((study_folder / "figures").glob("*.png"))
-    assert len(figures) == 4
+    assert len(figures) == 3
     assert all(base64.b64encode(path.read_bytes()).decode() in html for path in figures)
 
 

@@ -273,8 +273,6 @@ CAPTIONS = {
     "beta": "Nats per image ± standard error over images. L_S is the importance-weighted bound on log p(x).",
     "sweep": "{dataset}: {name} along beta. Where are reconstructions exact, where are samples of the prior like the "
     "data, and from where on are all pictures the same?",
-    "aggregate": "Four measures of codes against the prior along beta; dashed: the autoencoder. The first three should "
-    "be low, and the last should not be zero.",
     "check": "KS: the Kolmogorov-Smirnov distance of the farthest latent. The last two columns add up to the mean KL, "
     "nats.",
     "errors": "Reconstructions; squared errors are per pixel. The autoencoder's nats are log p(x | z(x)), never a "

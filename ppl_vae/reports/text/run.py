@@ -32,7 +32,6 @@ from ppl_vae.training import TrainingState
 # Likelihoods with one scale for all pixels or columns.
 _ONE_SCALE = ("normal", "normal-fixed", "normal-optimal", "laplace", "student-t")
 _UNEVEN = 10  # ratio of the widest to the narrowest column's spread, above which one scale fits neither
-_VERY_UNEVEN = 100_000  # the same, above which a scale for each column is found too slowly (ours)
 
 
 def describe_model(run: Run) -> list[str]:
@@ -89,8 +88,9 @@ def _describe_pixels(run: Run, measure: str) -> list[str]:
 
 
 def _describe_uneven_columns(options: Options, splits: data.Splits) -> list[str]:
-    """A warning where the columns of a table differ too much in spread for the likelihood."""
-    if len(splits.event_shape) != 1 or splits.kind != data.REAL or options.transform != "none":
+    """A warning where the columns of a table differ too much in spread for the one scale of the likelihood."""
+    is_table = len(splits.event_shape) == 1 and splits.kind == data.REAL
+    if not is_table or options.likelihood not in _ONE_SCALE or options.transform != "none":
         return []
     spread = mean_and_variance(splits.train)[1].sqrt()
     columns = spread.nonzero().flatten()
@@ -98,15 +98,13 @@ def _describe_uneven_columns(options: Options, splits: data.Splits) -> list[str]
         return []
     narrow, wide = (columns[extreme(spread[columns])] for extreme in (torch.argmin, torch.argmax))
     factor = float(spread[wide] / spread[narrow])
-    has_one_scale = options.likelihood in _ONE_SCALE
-    if not factor > (_UNEVEN if has_one_scale else _VERY_UNEVEN):
+    if factor <= _UNEVEN:
         return []
-    reason, other = f", and {options.likelihood} has one scale for all", ", or use --likelihood normal-per-pixel"
     return [
         f"Warning: the columns differ in spread by a factor of {factor:,.0f} ({spread[narrow]:.3g} in column "
-        f"{int(narrow)}, counted from 0, {spread[wide]:.3g} in column {int(wide)}){reason * has_one_scale}. "
-        "Standardize the columns, in NumPy (x - x.mean(0)) / x.std(0)"
-        f"{other * (has_one_scale and factor <= _VERY_UNEVEN)}."
+        f"{int(narrow)}, counted from 0, {spread[wide]:.3g} in column {int(wide)}), and {options.likelihood} has one "
+        "scale for all. Standardize the columns, in NumPy (x - x.mean(0)) / x.std(0), or use --likelihood "
+        "normal-per-pixel."
     ]
 
 
@@ -262,30 +260,20 @@ def _describe_numbers(run: Run, evaluations: Mapping[str, object]) -> str:
     return "\n\n".join(parts)
 
 
-_PIXELS = {
-    "dynamic": "zeros and ones (x = 1 with the probability that the pixel is: a level / 255)",
-    "fixed": "zeros and ones (x = 1 with the probability that the pixel is, a level / 255, drawn once)",
-    "threshold": "zeros and ones (1 from one half upwards)",
-    "none": "numbers as they are (8-bit levels as level / 255)",
-    "levels": "levels from 0 to 255",
-    "dequantized": "(level + u) / 256, u uniform",
-}
-
-
 def _describe_data(run: Run) -> str:
     options, splits = run.options, run.splits
     protocol = f"the {options.protocol} protocol"
     if options.dataset not in data.DATASETS:
         protocol = "as in the data; a missing validation or test split is a tenth of the training images, permuted once"
-    if options.image_size is not None:
-        size = "x".join(str(n) for n in (options.image_size[0], options.image_size[-1]))
-        protocol += f". Images were brought to {size} ({options.fit})"
-    return _make_bullets(
+    facts = [
         f"Data set: {code(splits.name)}, {splits.kind}; SHA-256 {code(splits.sha256)}.",
         f"Splits: {protocol}.",
-        f"The model sees {_PIXELS[run.evaluated_pixels]}.",
-        f"Binarization: {options.binarization}. Dequantization: {options.dequantization}.",
-    )
+        f"Binarization: {options.binarization}. Dequantization: {options.dequantization}. Pixels are evaluated as "
+        f"{run.evaluated_pixels}.",
+    ]
+    if options.image_size is not None:
+        facts.append(f"Images were brought to {options.image_size[0]}x{options.image_size[-1]} ({options.fit}).")
+    return _make_bullets(*facts)
 
 
 def _describe_training(run: Run, step: int) -> str:

@@ -218,13 +218,6 @@ def test_the_best_guide_for_beta_implies_that_beta(oracle, beta):
     assert_within(found, beta)
 
 
-def test_a_mean_over_pixels_implies_its_number(oracle):
-    D = len(oracle.b)
-    vae = tempered(oracle, 1.0 * D)
-    with seeded(0, CPU):
-        assert_within(implied_beta(vae, oracle.draw(2000)), D)
-
-
 def test_a_guide_that_is_too_wide_implies_more(oracle):
     """Widened by c, with s^2 the exact variance: sum w^2 s^2 c^2 / sigma^2 over sum (1 - s^2 c^2)."""
     c, s2, w2 = 1.2, oracle.guide_scale().square(), oracle.W.square().sum(0)

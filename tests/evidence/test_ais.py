@@ -1,16 +1,13 @@
-"""Annealed importance sampling against known evidence, quadrature, plain PyTorch, and Pyro's NUTS."""
+"""Annealed importance sampling against known evidence, quadrature and plain PyTorch."""
 
 from __future__ import annotations
 
 import math
 
 import pyro
-import pyro.distributions as dist
 import pytest
 import torch
 from oracles import LinearGaussian, bernoulli_vae, quadrature_log_evidence
-from pyro.infer import MCMC, NUTS
-from pyro.ops.stats import effective_sample_size
 from test_hierarchy import GUIDES, TwoLayers
 from torch.testing import assert_close
 
@@ -196,39 +193,6 @@ def test_so_do_models_of_several_layers(guide):
     annealing = pilot(vae, x, betas=temperatures(60), num_leapfrogs=3, num_chains=8)
     ratio = (lower(vae, x, annealing, num_chains=200).log_w - model.log_evidence(x)).exp()
     assert ((ratio.mean(0) - 1).abs() < 4 * ratio.std(0) / math.sqrt(200) + 1e-9).all()
-
-
-@pytest.mark.thorough
-def test_chains_end_where_nuts_goes():
-    pyro.set_rng_seed(0)
-    vae = bernoulli_vae(latent_dim=2)
-    x, _ = simulate(vae, 2)
-    annealing = pilot(vae, x, betas=temperatures(100), num_leapfrogs=4, num_chains=8)
-    ours = lower(vae, x, annealing, num_chains=400).z
-    for image in range(2):
-        potential = _potential(vae, x[image])
-        sampler = MCMC(
-            NUTS(potential_fn=potential, max_tree_depth=4),
-            num_samples=250,
-            warmup_steps=100,
-            initial_params={"z": torch.zeros(2, dtype=torch.double)},
-            disable_progbar=True,
-        )
-        sampler.run()
-        theirs = sampler.get_samples()["z"]
-        for power in (1, 2):
-            a, b = ours[:, image] ** power, theirs**power
-            size = effective_sample_size(b[None], sample_dim=1, chain_dim=0).clamp(max=len(b))
-            stderr = (a.var(0) / len(a) + b.var(0) / size).sqrt()
-            assert ((a.mean(0) - b.mean(0)).abs() < 4 * stderr).all()
-
-
-def _potential(vae, x):
-    def potential(sites):
-        z = sites["z"]
-        return -(dist.Normal(0.0, 1.0).log_prob(z).sum() + vae.likelihood(z).log_prob(x))
-
-    return potential
 
 
 # --- The pilot ---

@@ -58,18 +58,6 @@ def test_a_full_normals_refined_elbo_is_log_evidence(full):
     assert_close(_log_evidence(vae, q).elbo, oracle.log_evidence(x), rtol=0, atol=1e-4)
 
 
-def test_a_refined_elbo_is_never_above_log_evidence():
-    vae = bernoulli_vae(latent_dim=2)
-    x = torch.bernoulli(torch.full((20, 12), 0.5, dtype=torch.double), generator=torch.Generator().manual_seed(0))
-    torch.manual_seed(0)
-    q = refine_proposal(vae, x, steps=100, family=FullNormal(2).double(), learning_rate=0.1)
-    torch.manual_seed(1)
-    proposed = replace_guide(vae, q)
-    log_w = log_weights(proposed.model, proposed.guide, x, 4000).detach()
-    stderr = log_w.std(0) / math.sqrt(4000)
-    assert (log_w.mean(0) < quadrature_log_evidence(vae, x, latent_dim=2) + 5 * stderr).all()
-
-
 def test_the_bound_of_a_refined_guide_is_unbiased_as_an_evidence():
     """E[w] = p(x), against quadrature, for each image."""
     vae = bernoulli_vae(latent_dim=2)
@@ -78,14 +66,6 @@ def test_the_bound_of_a_refined_guide_is_unbiased_as_an_evidence():
     result = _log_evidence(vae, defend_proposal(refine_proposal(vae, x, steps=100)), 20_000)
     error = result.log_evidence - quadrature_log_evidence(vae, x, latent_dim=2)
     assert (error.abs() < 5 * result.monte_carlo_stderr).all()
-
-
-def test_an_exact_guide_stays_exact():
-    oracle = LinearGaussian.random()
-    vae, x = oracle.vae(), oracle.draw(5)
-    torch.manual_seed(0)
-    q = refine_proposal(vae, x, steps=100)
-    assert_close(_log_evidence(vae, q).elbo, oracle.log_evidence(x), rtol=0, atol=1e-4)
 
 
 def test_refining_too_fast_never_makes_an_image_worse():
@@ -259,16 +239,3 @@ def test_weights_of_a_narrow_guide_are_bounded_once_it_is_defended():
     most = oracle.log_evidence(x) + math.log(2 / 0.1)  # p(z | x) <= 2 N(z; mean, (2 s)^2)
     assert (defended < most).all()
     assert (plain.max(0).values > most).any()
-
-
-def test_defending_a_narrow_guide_takes_the_heavy_tail_of_its_weights_away():
-    """True k of the guide: 1 - 0.5^2 = 0.75, so that its weights have no variance."""
-    oracle = LinearGaussian.random(D=4, L=1)
-    vae, x = oracle.vae(widen=0.5), oracle.draw(30)
-    q = Proposal(vae.posterior.family, vae.posterior.net(x).detach(), x)
-    torch.manual_seed(0)
-    plain, defended = _log_evidence(vae, q, 10_000), _log_evidence(vae, defend_proposal(q, widen=4.0), 10_000)
-    assert plain.pareto_k.mean() > 0.5
-    assert (defended.pareto_k < 0.2).all()
-    error = defended.log_evidence - oracle.log_evidence(x)
-    assert (error.abs() < 5 * defended.monte_carlo_stderr).all()

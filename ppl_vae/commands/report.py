@@ -105,7 +105,7 @@ def describe_training(run: Run) -> TrainedWith:
     """What the verdicts need to know of a run's training."""
     records = runs.read_metrics(run.folder)[-2:]
     last = [r["validation_elbo_nats_per_image"] for r in records if "validation_elbo_nats_per_image" in r]
-    names = "beta likelihood epochs warmup_epochs objective num_particles prior posterior"
+    names = "beta likelihood epochs objective num_particles prior"
     return TrainedWith(
         **{name: getattr(run.options, name) for name in names.split()},
         data=run.splits.kind,

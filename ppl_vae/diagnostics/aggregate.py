@@ -59,11 +59,6 @@ class LatentMoments:
     mean: PerLatent
     log_scale: PerLatent
 
-    @property
-    def effect(self) -> Tensor:
-        """(L,) max(|mean|, |log scale|)."""
-        return torch.maximum(self.mean.mean.abs(), self.log_scale.mean.abs())
-
 
 @serialize_threads(gradients=False)
 def latent_moments(z: Tensor, prior: Distribution) -> LatentMoments:

@@ -64,11 +64,6 @@ class ActiveUnits:
     mean: Tensor
     stderr: Tensor
 
-    @property
-    def active(self) -> Tensor:
-        """(L,) bool."""
-        return self.mean > ACTIVE_VARIANCE
-
 
 def _closed_kl(q: Distribution | None, p: Distribution) -> Tensor | None:
     """(B, L) KL(q(z_l | x) || p(z_l)) of the factors of a guide and a prior, in closed form, else None."""

@@ -52,7 +52,7 @@ class TrainedWith:
     """What the verdicts need to know of a training; the words are those of the command line.
 
     Args:
-        beta, likelihood, epochs, warmup_epochs, objective, num_particles, prior, posterior: options of the training.
+        beta, likelihood, epochs, objective, num_particles, prior: options of the training.
         data: the kind of data, as ``data.Splits`` says it.
         last_rise: what the last epoch added to the validation ELBO, nats; None if it is not known.
     """
@@ -60,11 +60,9 @@ class TrainedWith:
     beta: float
     likelihood: str
     epochs: int | None = None
-    warmup_epochs: int | None = None
     objective: str = "elbo"
     num_particles: int | None = None
     prior: str = "standard-normal"
-    posterior: str = "diagonal"
     data: str = ""
     last_rise: float | None = None
 
@@ -94,15 +92,12 @@ class EstimateQuality:
     Args:
         rise: what ten times the particles gained.
         unreliable: the share of unreliable images.
-        pareto_k: the median k-hat, if it is known.
         num_images, num_particles: N and S.
     """
 
     log_likelihood: Estimate
-    elbo: Estimate
     rise: Estimate
     unreliable: Estimate
-    pareto_k: float | None
     num_images: int
     num_particles: int
 
@@ -228,13 +223,10 @@ def _measure_aggregate(
 
 def summarize_estimate(result: Importance, num_particles: int) -> EstimateQuality:
     """How far an importance-weighted estimate with S particles can be trusted."""
-    known = result.pareto_k[~result.pareto_k.isnan()]
     return EstimateQuality(
         log_likelihood=Estimate.mean_of(result.log_evidence),
-        elbo=Estimate.mean_of(result.elbo),
         rise=Estimate.mean_of(result.tenfold_gain),
         unreliable=Estimate.share_of(result.unreliable()),
-        pareto_k=float(known.median()) if len(known) else None,
         num_images=len(result.tenfold_gain),
         num_particles=num_particles,
     )

@@ -167,22 +167,18 @@ class NormalShape:
         scale: (n,) c, the guide's scale over the posterior's: below 1 for a U-shaped histogram of ranks, above for a
             hump.
         scale_stderr: (n,).
-        shift: (n,) d, how far the guide lies above the posterior, in the posterior's scales: a sloped histogram.
-        shift_stderr: (n,).
         mean_scale: The mean of the n scales.
         mean_scale_stderr: Over simulations, which includes the correlations between the n scales.
     """
 
     scale: Tensor
     scale_stderr: Tensor
-    shift: Tensor
-    shift_stderr: Tensor
     mean_scale: float
     mean_scale_stderr: float
 
 
 def estimate_shape(ranks: Tensor, num_draws: int) -> NormalShape:
-    """c and d with E[u] = Phi(a) and E[u^2] = Phi_2(a, a; r), r = 1 / (1 + c^2), a = -d sqrt(r).
+    """c with E[u] = Phi(a) and E[u^2] = Phi_2(a, a; r), r = 1 / (1 + c^2), a = -d sqrt(r).
 
     u = Q(z* | x), the guide's distribution function, is Phi((z* - m - d s) / (c s)), and a rank is Binomial(M, u). The
     means of R / M and R (R - 1) / (M (M - 1)) therefore estimate those of u and u^2. Phi_2 is the distribution function
@@ -204,19 +200,14 @@ def estimate_shape(ranks: Tensor, num_draws: int) -> NormalShape:
     a = torch.special.ndtri(mean)
     r = _correlation(a, mean, square)
     slope = torch.exp(-a.square() / (1 + r)) / (2 * math.pi * (1 - r.square()).sqrt())  # of Phi_2 in r
-    a_each = (R / M - mean) * math.sqrt(2 * math.pi) * torch.exp(a.square() / 2)
     share = torch.special.ndtr(a * ((1 - r) / (1 + r)).sqrt())
     r_each = (R * (R - 1) / (M * (M - 1)) - square - 2 * share * (R / M - mean)) / slope
-    scale, shift = ((1 - r) / r).sqrt(), -a / r.sqrt()
+    scale = ((1 - r) / r).sqrt()
     scale_each = -r_each / (2 * r.square() * scale)
-    shift_each = -a_each / r.sqrt() + a / (2 * r**1.5) * r_each
     known = (R[0] != R).any(0)
-    scale_stderr, shift_stderr = _mean_stderr(scale_each), _mean_stderr(shift_each)
     return NormalShape(
         scale.where(known, math.nan),
-        scale_stderr.where(known, math.nan),
-        shift.where(known, math.nan),
-        shift_stderr.where(known, math.nan),
+        _mean_stderr(scale_each).where(known, math.nan),
         mean_scale=float(scale[known].mean()),
         mean_scale_stderr=float(_mean_stderr(scale_each[:, known].mean(1))),
     )

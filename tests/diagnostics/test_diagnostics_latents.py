@@ -89,7 +89,6 @@ def test_a_latent_is_active_where_its_means_vary_by_more_than_a_hundredth():
     mean = (unit - unit.mean(0)) / unit.std(0) * scales
     found = active_units(PosteriorMoments(mean, torch.ones(4000, 4)))
     assert_close(found.mean, scales.square())
-    assert found.active.tolist() == [True, True, False, False]
     assert found.count == 2
 
 

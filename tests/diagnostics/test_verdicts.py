@@ -49,7 +49,7 @@ def pixels(deviation: float, verdict: str = "scales are too wide") -> PixelCalib
 
 
 def estimate(rise: float = 0.8, unreliable: float = 0.1, num_particles: int = 200) -> EstimateQuality:
-    return EstimateQuality(value(-90.0), value(-95.0), value(rise), value(unreliable), 0.9, 300, num_particles)
+    return EstimateQuality(value(-90.0), value(rise), value(unreliable), 300, num_particles)
 
 
 def noise(*eigenvalues: float, edge: float = 0.0) -> NoiseSpectrum:

@@ -136,26 +136,24 @@ def test_a_wrong_guide_is_caught(options):
 @pytest.mark.parametrize("widen", [0.5, 0.7, 1.0, 1.4, 2.0])
 @pytest.mark.parametrize("shift", [0.0, -0.8])
 @pytest.mark.parametrize("num_draws", [3, 99])
-def test_scale_and_shift_are_those_of_the_guide(widen, shift, num_draws):
-    """Exactly so for normals, for few draws as for many; of 60 numbers none is off by more than 4.5 errors."""
+def test_the_scale_is_that_of_the_guide(widen, shift, num_draws):
+    """Exactly so for normals, shifted or not; of 60 numbers none is off by more than 4.5 errors."""
     found = estimate_shape(
         ranked(LinearGaussian.random().vae(widen=widen, shift=shift), num_draws=num_draws).latents, num_draws
     )
     assert (((found.scale - widen) / found.scale_stderr).abs() < 4.5).all(), found
-    assert (((found.shift - shift) / found.shift_stderr).abs() < 4.5).all(), found
 
 
 @pytest.mark.thorough
-def test_the_errors_of_scale_and_shift_are_those_of_repeated_calibrations():
+def test_the_errors_of_scales_are_those_of_repeated_calibrations():
     """The standard deviation of 150 has an error of 6%."""
     vae = LinearGaussian.random().vae(widen=0.8, shift=0.4)
     shapes = [
         estimate_shape(ranked(vae, seed=seed, num_simulations=300, num_draws=19).latents, 19) for seed in range(150)
     ]
-    for name in ("scale", "shift"):
-        spread = torch.stack([getattr(each, name) for each in shapes]).std(0)
-        claimed = torch.stack([getattr(each, f"{name}_stderr") for each in shapes]).mean(0)
-        assert_close(claimed / spread, torch.ones(3, dtype=torch.double), atol=0.2, rtol=0)
+    spread = torch.stack([each.scale for each in shapes]).std(0)
+    claimed = torch.stack([each.scale_stderr for each in shapes]).mean(0)
+    assert_close(claimed / spread, torch.ones(3, dtype=torch.double), atol=0.2, rtol=0)
 
 
 def test_the_error_of_the_mean_scale_knows_what_latents_have_to_do_with_each_other():

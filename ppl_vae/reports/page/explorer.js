@@ -25,13 +25,7 @@
 
   const sigmoid = (h) => 1 / (1 + Math.exp(-h));
 
-  const links = {
-    identity: (h) => h,
-    sigmoid,
-    exp: Math.exp,
-    // 1 / (1 - e^-h) - 1 / h, by its series near 0
-    "continuous-bernoulli": (h) => (Math.abs(h) < 0.05 ? 0.5 + h / 12 : -1 / Math.expm1(-h) - 1 / h),
-  };
+  const links = { identity: (h) => h, sigmoid };
 
   const activations = {
     none: (h) => h,
@@ -63,11 +57,10 @@
       layers.push({ weight, bias: weights.subarray(at, (at += rows)), act: activations[activation] });
     }
     const link = links[data.link];
-    const bounded = data.bound === null ? (h) => h : (h) => data.bound * Math.tanh(h / data.bound);
     return (z) => {
       let h = Float32Array.from(z);
       for (const { weight, bias, act } of layers) h = act(affine(weight, bias, h));
-      return h.map((value) => Math.min(Math.max(data.scale * link(bounded(value)), 0), 1));
+      return h.map((value) => Math.min(Math.max(data.scale * link(value), 0), 1));
     };
   };
 

@@ -46,45 +46,23 @@ _ACTIVATIONS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.SiLU: "silu", nn
 Layer = tuple[HalfArray, HalfArray, str]
 
 
-class Link(NamedTuple):
-    """mean = gain f(bound tanh(h / bound)): from a pixel's feature to its mean.
-
-    Args:
-        name: f: "identity", "sigmoid", "exp" or "continuous-bernoulli", 1 / (1 - e^-h) - 1 / h.
-        bound: Infinite where the feature is taken as it is.
-        gain: In the unit of the data.
-        white: The mean that is shown as white; 0 is black.
-    """
-
-    name: str
-    bound: float = math.inf
-    gain: float = 1.0
-    white: float = 1.0
-
-
+# Likelihoods whose mean is the first feature, in the data's unit; that of a Bernoulli is its sigmoid.
 _NORMALS = (
     *(likelihoods.Normal, likelihoods.NormalFixed, likelihoods.NormalOptimal, likelihoods.NormalPerPixel),
     *(likelihoods.Laplace, likelihoods.StudentT),
 )
 
-# What the mean of a pixel is, by the likelihood. Levels and counts are white at 255, and a normal has the data's unit.
-_LINKS: dict[type, Link] = {
-    likelihoods.Bernoulli: Link("sigmoid"),
-    likelihoods.ContinuousBernoulli: Link("continuous-bernoulli"),
-    likelihoods.Beta: Link("sigmoid", bound=10.0),
-    likelihoods.Binomial: Link("sigmoid", gain=255.0, white=255.0),
-    likelihoods.Poisson: Link("exp", bound=15.0, white=255.0),
-    likelihoods.NegativeBinomial: Link("exp", bound=15.0, white=255.0),
-    **dict.fromkeys(_NORMALS, Link("identity")),
-}
-
 
 class DecoderWeights(NamedTuple):
-    """E[x | z] = link(W_n a(... a(W_1 z + b_1)) + b_n), one feature per pixel of an image (C, H, W), C = 1 or 3."""
+    """E[x | z] = u f(W_n a(... a(W_1 z + b_1)) + b_n), one feature per pixel of an image (C, H, W), C = 1 or 3.
+
+    f is "sigmoid" or "identity", and u the unit of the data. A mean of 0 is shown black, of 1 white.
+    """
 
     layers: tuple[Layer, ...]
     event_shape: tuple[int, int, int]
-    link: Link
+    link: str
+    unit: float = 1.0
 
     @property
     def latent_dim(self) -> int:
@@ -97,9 +75,8 @@ class DecoderWeights(NamedTuple):
         return {
             "layers": [[*weight.shape, activation] for weight, _, activation in self.layers],
             "shape": list(self.event_shape),
-            "link": self.link.name,
-            "bound": self.link.bound if math.isfinite(self.link.bound) else None,
-            "scale": self.link.gain / self.link.white,
+            "link": self.link,
+            "scale": self.unit,
             "weights": page.encode_base64(np.concatenate(flat).astype("<f2")),
         }
 
@@ -108,7 +85,7 @@ def decoder_weights(likelihood: Callable[[Tensor], Distribution]) -> DecoderWeig
     """The decoder p(x | z) = family(net(z)) in half precision, with the features that its mean needs.
 
     Args:
-        likelihood: A dense network, and a likelihood whose mean is a function of one feature per pixel.
+        likelihood: A dense network that ends in a Bernoulli, a normal or another likelihood with a location.
 
     Raises:
         ValueError: A decoder that a page cannot draw, with the reason.
@@ -118,14 +95,10 @@ def decoder_weights(likelihood: Callable[[Tensor], Distribution]) -> DecoderWeig
     net, family, event_shape = likelihood.net, likelihood.family, likelihood.event_shape
     if not isinstance(net, networks.MLP | networks.GatedMLP):
         raise ValueError(f"decoder: a page can draw dense networks (mlp, gated), got {type(net).__name__}")
-    link = _LINKS.get(type(family))
-    if link is None:
+    if type(family) not in (likelihoods.Bernoulli, *_NORMALS):
         raise ValueError(
-            f"decoder: a page can draw likelihoods whose mean is a function of one feature per pixel, got "
-            f"{type(family).__name__}"
+            f"decoder: a page can draw Bernoulli, normal and similar likelihoods, got {type(family).__name__}"
         )
-    if isinstance(unit := getattr(family, "unit", None), Tensor):
-        link = link._replace(gain=float(unit))
     if len(event_shape) != 3 or event_shape[0] not in (1, 3):
         raise ValueError(f"decoder: a page can draw images (1, H, W) or (3, H, W), got event shape {event_shape}")
     layers, modules = [], list(net.layers)  # pairs of a linear map and an activation, in both networks
@@ -141,7 +114,8 @@ def decoder_weights(likelihood: Callable[[Tensor], Distribution]) -> DecoderWeig
     if (size := sum(weight.size for weight, _, _ in (*layers, output))) > _MOST_WEIGHTS:
         raise ValueError(f"decoder: a page can hold {_MOST_WEIGHTS:,} weights, got {size:,}")
     channels, height, width = event_shape
-    return DecoderWeights((*layers, output), (channels, height, width), link)
+    link = "sigmoid" if isinstance(family, likelihoods.Bernoulli) else "identity"
+    return DecoderWeights((*layers, output), (channels, height, width), link, float(getattr(family, "unit", 1.0)))
 
 
 def _make_layer(linear: nn.Linear, activation: str, name: str, *, rows: int | None = None) -> Layer:
@@ -282,7 +256,7 @@ def make_explorer(run: Run) -> Explorer:
         decoder,
         text.explorer_caption(run, float(found.share[:2].sum())),
         codes=codes.numpy(),
-        images=(255 * x.float() / decoder.link.white).round().clamp(0, 255).byte().numpy(),
+        images=(255 * x.float()).round().clamp(0, 255).byte().numpy(),
         names=[text.EXPLORER_IMAGE.format(place=place) for place in index.tolist()],
         directions=found.directions[:2].numpy(),
         points=points.numpy(),

@@ -9,7 +9,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ from torch.distributions import (
 )
 
 from ppl_vae import data, diagnostics
+from ppl_vae.diagnostics.pictures import PrincipalDirections, find_principal_directions
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.runs.options import Options
 from ppl_vae.runs.outputs import write_picture
@@ -38,36 +38,6 @@ MOST_TRAINING_IMAGES = 20_000  # for principal components and for eigenvalues
 _NUM_COMPONENTS = 50
 _GROUPS = 20  # of the jackknife
 _LEAST_SCALE = 1e-6  # of a component in which no training image varies
-
-
-class Components(NamedTuple):
-    """y = (x - mean) V: images as points in the directions in which the training images vary most.
-
-    Args:
-        mean: (D,).
-        directions: (D, K), orthonormal, the greatest variance first.
-        scale: (K,) Standard deviations of the training images in those directions.
-    """
-
-    mean: Tensor
-    directions: Tensor
-    scale: Tensor
-
-    def project(self, images: Tensor) -> Tensor:
-        """(N, *E) -> (N, K) float64, in the unit of pixels."""
-        return (images.flatten(1).double() - self.mean) @ self.directions
-
-
-def principal_components(images: Tensor, *, most: int = _NUM_COMPONENTS) -> Components:
-    """The first min(most, D) principal components of images (N, *E).
-
-    Reference: Pearson 1901.
-    """
-    flat = images.flatten(1).double()
-    mean = flat.mean(0)
-    variance, directions = torch.linalg.eigh((flat - mean).T @ (flat - mean) / len(flat))  # ascending
-    K = min(most, len(variance))
-    return Components(mean, directions.flip(1)[:, :K], variance.flip(0)[:K].clamp(min=0).sqrt())
 
 
 @dataclass(frozen=True)
@@ -113,9 +83,10 @@ class StudyData:
         return self.load_images("test", self.num_images, gray=True)
 
     @cached_property
-    def components(self) -> Components:
-        """Principal components of the gray training images."""
-        return principal_components(self.load_images("train", MOST_TRAINING_IMAGES, gray=True))
+    def components(self) -> PrincipalDirections:
+        """The first min(50, D) principal components of the gray training images."""
+        images = self.load_images("train", MOST_TRAINING_IMAGES, gray=True)
+        return find_principal_directions(images.flatten(1).double(), _NUM_COMPONENTS)
 
     @cached_property
     def shown(self) -> Tensor:
@@ -141,7 +112,7 @@ class StudyData:
         """
         count = min(len(images), len(self.gray))
         images, real = images[:count], self.gray[:count]
-        points, real_points = self.components.project(images), self.components.project(real)
+        points, real_points = (self.components.project(each.flatten(1).double()) for each in (images, real))
         scale = self.components.scale.clamp(min=_LEAST_SCALE)
         found = diagnostics.classifier_test((points / scale).float(), (real_points / scale).float())
         frechet = jackknife(frechet_distance, points, real_points)

@@ -11,7 +11,7 @@ from scipy import linalg
 from torch import Tensor
 from torch.distributions import Distribution, MultivariateNormal, Normal
 
-from ppl_vae.study.data import fit_densities, frechet_distance, jackknife, principal_components
+from ppl_vae.study.data import fit_densities, frechet_distance, jackknife
 
 # --- Distances between images ---
 
@@ -36,13 +36,6 @@ def test_the_frechet_distances_error_is_that_over_repetitions() -> None:
 def test_the_jackknife_knows_what_samples_share() -> None:
     x = torch.from_numpy(np.random.default_rng(0).normal(size=(200, 1)))
     assert jackknife(lambda a, b: float(a.mean() - b.mean()), x, x + 1).stderr == pytest.approx(0, abs=1e-12)
-
-
-def test_principal_components_are_those_of_numpy() -> None:
-    x = np.random.default_rng(0).normal(size=(50, 6)) * np.arange(1, 7)
-    found = principal_components(torch.from_numpy(x).reshape(50, 1, 2, 3), most=4)
-    values = np.linalg.svd(x - x.mean(0), compute_uv=False)
-    np.testing.assert_allclose(found.scale.numpy(), values[:4] / math.sqrt(50), rtol=1e-9)
 
 
 # --- Densities of codes ---

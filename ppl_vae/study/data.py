@@ -1,10 +1,9 @@
-"""The images on which runs are measured, how far generated images are from them, and densities of their codes."""
+"""The images on which runs are measured, and densities of their codes."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,7 +23,6 @@ from torch.distributions import (
 
 from ppl_vae import data, diagnostics
 from ppl_vae.diagnostics.pictures import PrincipalDirections, find_principal_directions
-from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.runs.options import Options
 from ppl_vae.runs.outputs import write_picture
 from ppl_vae.runs.resolve import check_support, choose_evaluated_pixels, load_splits, resolve
@@ -36,7 +34,6 @@ NUM_SHOWN = 10  # images in a row of a picture
 MOST_TRAINING_IMAGES = 20_000  # for principal components and for eigenvalues
 
 _NUM_COMPONENTS = 50
-_GROUPS = 20  # of the jackknife
 _LEAST_SCALE = 1e-6  # of a component in which no training image varies
 
 
@@ -101,22 +98,19 @@ class StudyData:
     def measure_quality(self, images: Tensor) -> Quality:
         """Compare images (M, C, H, W) with the gray test images: the first min(M, N) of both.
 
-        "sharpness" is 1 where they have as much fine detail; "frechet" is measured in the first principal components of
-        the training images, in squared pixel units; "classifier" is 2 accuracy - 1 of a classifier between the two in
-        the same components, each divided by its scale: 0 where they are alike, 1 where they are always told apart. The
-        first says nothing about what is shown, the second nothing beyond means and covariances, the third nothing
-        beyond those components. Network features are usual, but those networks were trained on photos.
+        "sharpness" is 1 where they have as much fine detail; "classifier" is 2 accuracy - 1 of a classifier between the
+        two in the first principal components of the training images, each divided by its scale: 0 where they are alike,
+        1 where they are always told apart. The first says nothing about what is shown, the second nothing beyond those
+        components. Network features are usual, but those networks were trained on photos.
 
-        Source: See ``diagnostics.sharpness``, ``frechet_distance`` and ``diagnostics.classifier_test``; the choice is
-        ours.
+        Source: See ``diagnostics.sharpness`` and ``diagnostics.classifier_test``; the choice is ours.
         """
         count = min(len(images), len(self.gray))
         images, real = images[:count], self.gray[:count]
-        points, real_points = (self.components.project(each.flatten(1).double()) for each in (images, real))
         scale = self.components.scale.clamp(min=_LEAST_SCALE)
-        found = diagnostics.classifier_test((points / scale).float(), (real_points / scale).float())
-        frechet = jackknife(frechet_distance, points, real_points)
-        return Quality(diagnostics.sharpness(images, real), frechet, found.effect)
+        points = (self.components.project(each.flatten(1).double()) / scale for each in (images, real))
+        found = diagnostics.classifier_test(*(each.float() for each in points))
+        return Quality(diagnostics.sharpness(images, real), found.effect)
 
 
 def load_study_data(options: Options, num_images: int) -> StudyData:
@@ -142,48 +136,6 @@ def write_strip(path: Path, images: Tensor) -> None:
     levels = (255 * table.reshape(C, rows * H, NUM_SHOWN * W)).round().clamp(0, 255)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_picture(path, levels.numpy().astype(np.uint8))
-
-
-# --- How far generated images are from real ones ---
-
-
-def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2), the squared distance between two fitted normals.
-
-    Args:
-        a, b: Points (N, K) and (M, K), each more than K.
-
-    Returns:
-        In the square of the points' unit. For two samples of N draws of one distribution it is not 0: about
-        K (K + 5) / (2 N) variances.
-
-    Reference: Dowson and Landau 1982, The Fréchet distance between multivariate normal distributions; as a measure of
-    generated images, in a network's features, Heusel et al. 2017, arXiv 1706.08500, equation 6.
-    """
-    a, b = a.double(), b.double()
-    C_a, C_b = (torch.cov(points.T).reshape(points.shape[1], -1) for points in (a, b))
-    values, vectors = torch.linalg.eigh(C_a)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ C_b @ root).clamp(min=0).sqrt().sum()
-    shift = (a.mean(0) - b.mean(0)).square().sum()
-    return float(shift + C_a.trace() + C_b.trace() - 2 * cross)
-
-
-def jackknife(statistic: Callable[..., float], *samples: Tensor) -> Estimate:
-    """T with stderr^2 = (G - 1) / G sum_g (T_-g - mean T_-g)^2, T_-g without the g-th of 20 groups of every sample.
-
-    Rows in the same place are left out together, so that the error accounts for what samples share.
-
-    Args:
-        statistic: A function of the samples.
-        samples: Rows (N, K), (M, K), ...
-
-    Reference: Quenouille 1956; Tukey 1958.
-    """
-    G = min(_GROUPS, *map(len, samples))
-    left = [statistic(*(sample[torch.arange(len(sample)) % G != g] for sample in samples)) for g in range(G)]
-    each = torch.tensor(left, dtype=torch.double)
-    return Estimate(statistic(*samples), float(math.sqrt((G - 1) / G) * (each - each.mean()).norm()))
 
 
 # --- Densities of codes ---

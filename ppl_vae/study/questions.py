@@ -195,10 +195,10 @@ def _tabulate_samples(study: StudyNumbers) -> list[Block]:
         for run in study.find_runs([sweep_name(dataset), name_run(dataset, "autoencoder")]):
             sources = {"prior": run.samples} | {f"fitted {word}": each for word, each in run.densities.items()}
             for name, each in sources.items():
-                rows.append([dataset, run.model, name, each.sharpness, each.frechet, each.classifier])
+                rows.append([dataset, run.model, name, each.sharpness, each.classifier])
         real = study.data[dataset].real
-        rows.append([dataset, "other real images", None, real.sharpness, real.frechet, real.classifier])
-    return _make_table("samples", ["data", "model", "codes from", "power", "Fréchet", "classifier"], rows)
+        rows.append([dataset, "other real images", None, real.sharpness, real.classifier])
+    return _make_table("samples", ["data", "model", "codes from", "power", "classifier"], rows)
 
 
 def explain_averaging(source: PageSource) -> Section:

@@ -46,7 +46,6 @@ class Quality:
     """Generated images against real ones; see ``StudyData.measure_quality``."""
 
     sharpness: Estimate
-    frechet: Estimate
     classifier: Estimate
 
 

@@ -1,44 +1,15 @@
-"""The study's measures against independent answers: distances, densities of codes."""
+"""The study's measures against independent answers: densities of codes."""
 
 from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
-from scipy import linalg
 from torch import Tensor
 from torch.distributions import Distribution, MultivariateNormal, Normal
 
-from ppl_vae.study.data import fit_densities, frechet_distance, jackknife
-
-# --- Distances between images ---
-
-
-def test_the_frechet_distance_is_that_of_scipys_square_root() -> None:
-    generator = np.random.default_rng(0)
-    a, b = generator.normal(size=(200, 4)), generator.normal(1, 2, size=(300, 4)) @ generator.normal(size=(4, 4))
-    root = linalg.sqrtm(np.cov(a.T) @ np.cov(b.T)).real
-    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(np.cov(a.T) + np.cov(b.T) - 2 * root)
-    assert frechet_distance(torch.from_numpy(a), torch.from_numpy(b)) == pytest.approx(expected, rel=1e-8)
-
-
-def test_the_frechet_distances_error_is_that_over_repetitions() -> None:
-    generator = torch.Generator().manual_seed(0)
-    samples = [(torch.randn(400, 3, generator=generator), torch.randn(400, 3, generator=generator)) for _ in range(100)]
-    repeats = [jackknife(frechet_distance, a, 1 + b) for a, b in samples]
-    spread = torch.tensor([found.mean for found in repeats]).std()
-    told = torch.tensor([found.stderr for found in repeats]).mean()
-    assert float(told / spread) == pytest.approx(1, abs=0.25)  # the spread of 100 is known to 7%, its jackknife alike
-
-
-def test_the_jackknife_knows_what_samples_share() -> None:
-    x = torch.from_numpy(np.random.default_rng(0).normal(size=(200, 1)))
-    assert jackknife(lambda a, b: float(a.mean() - b.mean()), x, x + 1).stderr == pytest.approx(0, abs=1e-12)
-
-
-# --- Densities of codes ---
+from ppl_vae.study.data import fit_densities
 
 
 def clustered_codes(count: int, seed: int) -> Tensor:

@@ -203,8 +203,8 @@ sharpness grows with the number of latents. Power above one is noise, not detail
 
 **Samples.** The autoencoder was never trained with a prior, so decoding N(0, I) judges it unfairly. The rows "fitted"
 decode draws of a density that was fitted to the codes of training images afterwards, which is the fair comparison: a
-normal, or a mixture of normals, whose number validation codes choose. Fréchet distances are in principal components of
-the training images; the row "other real images" is what real images would have.""",
+normal, or a mixture of normals, whose number validation codes choose. The row "other real images" is what real images
+would have.""",
     ),
     "averaging": (
         "What does averaging over pixels do?",

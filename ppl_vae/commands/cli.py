@@ -61,7 +61,8 @@ def parse(asked: Command, argv: Sequence[str] | None = None) -> Any:
     try:
         if config is not None:
             given = read_config_file(Path(config).expanduser(), asked.options) | given
-        return asked.options.make({name: expand_home(value) for name, value in given.items()})  # type: ignore[attr-defined]
+        make = getattr(asked.options, "make", asked.options)
+        return make(**{name: expand_home(value) for name, value in given.items()})
     except ValueError as error:
         parser.error(str(error))
 

@@ -5,8 +5,9 @@ The docstring of a dataclass is the command's help.
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, dataclass, fields
-from typing import NamedTuple, TypeVar
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass, field, fields
+from typing import Any, NamedTuple, Self, TypeVar
 
 from ppl_vae.data import SPLITS
 from ppl_vae.parts.registry import LIKELIHOODS, NETWORKS
@@ -95,16 +96,7 @@ class _Seeded(CheckedOptions):
 # --- The commands ---
 
 
-@dataclass(frozen=True)
-class Changes:
-    """What may change when a run is resumed; None where it stays."""
-
-    epochs: int | None = None
-    dataset: str | None = None
-    data_dir: str | None = None
-    compile: str | None = None
-
-
+CHANGES = ("epochs", "dataset", "data_dir", "compile")  # the options that may change when a run is resumed
 QUICK = {"epochs": 3, "images": 1000}  # what --quick stands for
 
 
@@ -122,25 +114,23 @@ class Train:
     quick: bool = option(
         False, f"a first look in a minute: --epochs {QUICK['epochs']} --images {QUICK['images']}", BOOLEAN, group="run"
     )
-    changes: Changes = Changes()
+    changes: Mapping[str, Any] = field(default_factory=dict)  # of a run that is resumed
 
     @classmethod
-    def make(cls, values: dict[str, object]) -> Train:
+    def make(cls, *, run_dir: str | None = None, resume: str | None = None, quick: bool = False, **values: Any) -> Self:
         """Makes the options from the given ones. Raises ValueError for one that a resumed run cannot change."""
-        own = {name: values.pop(name, None) for name in ("run_dir", "resume")}
-        if own["resume"] is None:
-            values = (QUICK if values.pop("quick", False) else {}) | values
-            options = _continue_from_run(values) if "start_from" in values else Options.make(values)
-            return cls(options, **own)  # type: ignore[arg-type]
-        allowed = [spec.name for spec in fields(Changes)]
-        others = [format_flag(name) for name in values if name not in allowed] + ["--run-dir"] * bool(own["run_dir"])
+        if resume is None:
+            values = (QUICK if quick else {}) | values
+            return cls(_continue_from_run(values) if "start_from" in values else Options(**values), run_dir)
+        others = [format_flag(name) for name in values if name not in CHANGES]
+        others += ["--run-dir"] * bool(run_dir) + ["--quick"] * quick
         if others:
-            expected = ", ".join(map(format_flag, allowed))
+            expected = ", ".join(map(format_flag, CHANGES))
             raise ValueError(f"--resume: expected no other option than {expected}, got {', '.join(others)}")
-        return cls(Options(), **own, changes=Changes(**values))  # type: ignore[arg-type]
+        return cls(Options(), resume=resume, changes=values)
 
 
-def _continue_from_run(given: dict[str, object]) -> Options:
+def _continue_from_run(given: dict[str, Any]) -> Options:
     """The model and data options of the run that training starts from, replaced by the given ones."""
     from ppl_vae.runs.load import find_run_folder, read_config  # needs torch
 
@@ -154,7 +144,7 @@ def _continue_from_run(given: dict[str, object]) -> Options:
     for part in ("prior", "posterior"):  # another one has other options
         if given.get(part, other[part]) != other[part]:
             other = {name: value for name, value in other.items() if not name.startswith(f"{part}_")}
-    return Options.make(other | given)
+    return Options(**(other | given))
 
 
 @dataclass(frozen=True)
@@ -284,7 +274,7 @@ class _Table(CheckedOptions):
         """The options of each run of the table, a plain VAE, apart from what the table compares."""
         known = {spec.name for spec in fields(Options)} - {"num_particles"}
         shared = {name: value for name, value in vars(self).items() if name in known}
-        return Options.make(PLAIN | shared | {"evaluation_particles": self.num_particles})
+        return Options(**(PLAIN | shared | {"evaluation_particles": self.num_particles}))
 
 
 @dataclass(frozen=True)

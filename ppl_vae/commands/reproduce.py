@@ -7,19 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
-from ppl_vae import data, runs
+from ppl_vae import runs
 from ppl_vae.commands.evaluate import write_evaluation
 from ppl_vae.commands.options import Evaluate, Reproduce
 from ppl_vae.commands.run_series import check_runs, train_or_resume
-from ppl_vae.diagnostics import active_units
-from ppl_vae.evidence.moments import compute_moments, encode
 from ppl_vae.reports.run_figures import is_drawn, write_figures
 from ppl_vae.reports.text.comparison import describe_recipes, describe_reproduction, reproduction_table, seeds_table
 from ppl_vae.runs.build import count_weights
 from ppl_vae.runs.files import JsonObject
-from ppl_vae.runs.open import Run, Say, load_evaluated_vae
+from ppl_vae.runs.open import Run, Say
 from ppl_vae.runs.options import PLACES, Options, format_flag
 from ppl_vae.runs.outputs import make_folder
 from ppl_vae.runs.recipes import (
@@ -35,11 +31,8 @@ from ppl_vae.runs.recipes import (
 )
 from ppl_vae.runs.resolve import find_device, load_splits
 from ppl_vae.runs.results import read_evaluation, to_json
-from ppl_vae.runtime.global_state import seeded
 
 EVALUATION_SEED = 0
-
-_ELBO, _BOUND = "validation_elbo_nats_per_image", "validation_bound_nats_per_image"
 
 
 def run(options: Reproduce, *, say: Say) -> None:
@@ -84,8 +77,8 @@ def reproduce_recipe(options: Reproduce, *, say: Say) -> Reproduction:
         say(f"{options.name}, stage {folder.name} of {len(stages)}: {stage.epochs:,} epochs.")
         run = train_or_resume(folder, stage, run, say=say, draw=False)
     assert run is not None
-    is_new = _evaluate(run, found.particles, options.device, say)
-    row = _make_row(options, found, share, stages, run, is_new=is_new)
+    _evaluate(run, found.particles, options.device, say)
+    row = _make_row(options, found, share, stages, run)
     write_row(options.output, row)
     for line in describe_reproduction(row, options.output):
         say(line)
@@ -106,8 +99,8 @@ def shorten_stages(stages: Sequence[Options], share: float) -> list[Options]:
     ]
 
 
-def _evaluate(run: Run, num_particles: int, device: str, say: Say) -> bool:
-    """Evaluates every test image, unless that was done before. Returns whether it was done now."""
+def _evaluate(run: Run, num_particles: int, device: str, say: Say) -> None:
+    """Evaluates every test image, unless that was done before."""
     there = runs.read_evaluations(run.folder).get("test", {})
     asked = {
         "step": runs.load_step(run.folder / runs.MODEL),
@@ -117,25 +110,24 @@ def _evaluate(run: Run, num_particles: int, device: str, say: Say) -> bool:
     }
     if asked.items() <= there.items():
         say(f"{run.folder} has its evaluation: S = {num_particles:,}, {asked['num_images']:,} test images.")
-        return False
+        return
     compile = "off" if run.options.compile == "off" else "auto"
     options = Evaluate(
         str(run.folder), num_particles=num_particles, device=device, seed=EVALUATION_SEED, compile=compile
     )
     write_evaluation(run, options, say=say)
-    return True
 
 
-def _make_row(
-    asked: Reproduce, found: Recipe, share: float, stages: Mapping[Path, Options], run: Run, *, is_new: bool
-) -> Reproduction:
+def _make_row(asked: Reproduce, found: Recipe, share: float, stages: Mapping[Path, Options], run: Run) -> Reproduction:
     """The row, from the files of the runs."""
     assert asked.name is not None
     evaluation, metrics = read_evaluation(run.folder), [runs.read_metrics(folder) for folder in stages]
     assert evaluation is not None
     assert evaluation.log_likelihood is not None
     keys = ("dataset", "protocol", "binarization", "split", "num_images", "num_particles")
-    commits, environment = _find_origins(list(stages), asked.device if is_new else None)
+    environments = [runs.read_json(folder / runs.ENVIRONMENT) for folder in stages]
+    starts = [start for first in environments for start in (first, *first.get("resumed", []))]
+    commits = [f"{start['git_commit']}{'-dirty' * bool(start['git_dirty'])}" for start in starts if start["git_commit"]]
     return Reproduction(
         recipe=asked.name,
         model=found.model,
@@ -153,45 +145,18 @@ def _make_row(
         **{key: getattr(evaluation, key) for key in ("elbo", "kl", "rise")},
         protocol=EvaluationProtocol(**{key: getattr(evaluation, key) for key in keys}),
         weights=count_weights(run.options, run.splits.event_shape),
-        active_units=None if run.options.upper_latents is not None else _count_active_units(run),
-        validation=read_validation_curve(metrics, evaluation.step),
+        validation=ValidationCurve(tuple(map(_find_last_gain, metrics))),
         seconds=StageSeconds(tuple(records[-1]["seconds"] for records in metrics), evaluation.seconds),
         command=_make_command(asked),
-        commits=commits,
-        environment=environment,
+        commits=tuple(dict.fromkeys(commits)),
+        environment={key: value for key, value in environments[-1].items() if key not in ("argv", "resumed")},
     )
 
 
-def _count_active_units(run: Run) -> int:
-    """How many latents' posterior means vary over test images by more than 0.01, in variances of the prior."""
-    vae = load_evaluated_vae(run)
-    x = data.evaluation_images(run.splits, "test", run.evaluated_pixels, seed=EVALUATION_SEED)
-    with seeded(EVALUATION_SEED, torch.device("cpu")):
-        return active_units(encode(vae, x), compute_moments(vae.prior()).scale).count
-
-
-def read_validation_curve(stages: Sequence[Sequence[JsonObject]], step: int) -> ValidationCurve | None:
-    """How the validation curve of each stage ended: max of the last tenth - max before. Source: ours.
-
-    Args:
-        stages: The records of each stage, one per epoch.
-        step: The step of the kept weights, in the last stage.
-
-    Returns:
-        The curve's end, or None where there are no validation images.
-    """
-    seen = [[record for record in records if record.get(_ELBO) is not None] for records in stages]
-    if not all(seen):
-        return None
-    gains = tuple(map(_find_last_gain, seen))
-    if step == 0:
-        return ValidationCurve(None, 0, gains)
-    kept = next((record for record in seen[-1] if record["step"] == step), seen[-1][-1])
-    return ValidationCurve(kept[_ELBO], kept["epoch"], gains)
-
-
 def _find_last_gain(records: Sequence[JsonObject]) -> float | None:
-    curve = [record[_BOUND if _BOUND in record else _ELBO] for record in records]
+    """max of the last tenth of a stage's validation curve - max before; None for a single epoch. Source: ours."""
+    bound, elbo = "validation_bound_nats_per_image", "validation_elbo_nats_per_image"
+    curve = [record[bound if bound in record else elbo] for record in records]
     tenth = math.ceil(len(curve) / 10)
     return max(curve[-tenth:]) - max(curve[:-tenth]) if len(curve) > 1 else None
 
@@ -201,16 +166,6 @@ def _make_command(asked: Reproduce) -> str:
     given = {name: getattr(asked, name) for name in ("epochs", "epochs_share", "precision", "seed", "device")}
     words = [f"{format_flag(name)} {value}" for name, value in given.items() if value is not None]
     return " ".join(["ppl-vae reproduce", str(asked.name), *words])
-
-
-def _find_origins(folders: Sequence[Path], device: str | None) -> tuple[tuple[str, ...], JsonObject]:
-    """Every commit that took part, and the versions, device and time of the last stage's start."""
-    firsts = [runs.read_json(folder / runs.ENVIRONMENT) for folder in folders]
-    starts = [start for first in firsts for start in (first, *first.get("resumed", []))]
-    starts += [] if device is None else [runs.describe_environment(device)]
-    commits = [f"{start['git_commit']}{'-dirty' * bool(start['git_dirty'])}" for start in starts if start["git_commit"]]
-    last = {key: value for key, value in firsts[-1].items() if key not in ("argv", "resumed")}
-    return tuple(dict.fromkeys(commits)), last
 
 
 def write_row(output: str, row: Reproduction) -> None:

@@ -87,7 +87,7 @@ def train_or_resume(folder: Path, options: Options, like: Run | None, *, say: Sa
     ``like`` is a run that is open already, whose data is taken where it is the same.
     """
     if (folder / runs.CONFIG).exists():
-        resume_run(str(folder), epochs=None, say=say, data_dir=options.data_dir, like=like, draw=draw)
+        resume_run(str(folder), say=say, data_dir=options.data_dir, like=like, draw=draw)
     else:
         train_run(options, str(folder), say=say, draw=draw)
     return open_run(str(folder), data_dir=options.data_dir, like=like)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyro
 from tqdm import tqdm
@@ -58,7 +59,7 @@ def run(options: Train, *, say: Say) -> None:
     if options.resume is None:
         train_run(options.options, options.run_dir, say=say)
     else:
-        resume_run(options.resume, **vars(options.changes), say=say)
+        resume_run(options.resume, **options.changes, say=say)
 
 
 def train_run(options: Options, run_dir: str | None, *, say: Say, draw: bool = True) -> Path:
@@ -101,8 +102,8 @@ def train_run(options: Options, run_dir: str | None, *, say: Say, draw: bool = T
 def resume_run(
     run_dir: str,
     *,
-    epochs: int | None,
     say: Say,
+    epochs: int | None = None,
     dataset: str | None = None,
     data_dir: str | None = None,
     compile: str | None = None,
@@ -156,14 +157,14 @@ def _resume(run: Run, *, epochs: int | None, say: Say, compile: str | None, draw
     _go_on(run, saved, say=say, compile_if_possible=compile != "on", draw=draw)
 
 
-def _change_option(run: Run, name: str, value: str | int) -> Run:
+def _change_option(run: Run, name: str, value: Any) -> Run:
     """Changes an option of the run, in its config too."""
     path = run.folder / runs.CONFIG
     with end_together():
         if distributed.is_writer():
             config = runs.read_json(path)
             runs.write_json(path, config | {"options": config["options"] | {name: value}})
-    return run._replace(options=Options.make(vars(run.options) | {name: value}))
+    return run._replace(options=replace(run.options, **{name: value}))
 
 
 def _go_on(run: Run, saved: Saved | None, *, say: Say, compile_if_possible: bool, draw: bool) -> None:

@@ -25,7 +25,7 @@ from ppl_vae.data.array_files import (
     read_labels,
 )
 from ppl_vae.data.arrays import load_arrays, summarize
-from ppl_vae.data.folder import ImageOptions, ImageReader, check_image_size, load_image_folder
+from ppl_vae.data.folder import ImageOptions, ImageReader, load_image_folder
 from ppl_vae.data.folder_layout import FoundFiles, find_images, find_layout, label_by_folder
 from ppl_vae.data.splits import BINARY, COUNTS, LEVELS, PROBABILITIES, REAL, Splits, abbreviate
 from ppl_vae.data.transforms import is_drawn, sample_binomial
@@ -125,9 +125,7 @@ def load_images(
     pixels: str,
     *,
     seed: int = 0,
-    image_size: Sequence[int] | None = None,
     fit: str = "crop",
-    color: str | None = None,
 ) -> UserImages:
     """Load images as a model that was trained on ``splits`` sees them: (N, *E) float32.
 
@@ -140,7 +138,7 @@ def load_images(
     Args:
         path: an .npz file with one array, or one named test, x_test, test_images, images or x (labels: labels, y,
             test_labels or y_test); an .npy file; an image; a folder of images.
-        image_size, fit, color: of image files, as in ``load``; size and color are None, or what E already says.
+        fit: of image files, as in ``load``.
 
     Raises ValueError for files that cannot be read, or images of another shape or scale.
     """
@@ -148,7 +146,7 @@ def load_images(
     if is_array_file(file):
         images = _load_images_from_arrays(file, splits)
     elif os.path.exists(file):
-        images = _load_images_from_files(file, splits, image_size, fit, color)
+        images = _load_images_from_files(file, splits, fit)
     else:
         raise ValueError(f"images: expected an .npz or .npy file, an image or a folder, got {path!r}: no such file")
     x = images.x
@@ -237,9 +235,7 @@ def _match_scale(file: Path, array: np.ndarray, kind: str) -> np.ndarray:
     return np.ascontiguousarray(array, dtype=np.float32) / np.float32(scale)
 
 
-def _load_images_from_files(
-    path: Path, splits: Splits, image_size: Sequence[int] | None, fit: str, color: str | None
-) -> UserImages:
+def _load_images_from_files(path: Path, splits: Splits, fit: str) -> UserImages:
     if is_text_table(path):
         raise ValueError(f"{path}: expected an .npz or .npy file, an image or a folder{advise_conversion(path)}")
     if len(splits.event_shape) != 3 or splits.event_shape[0] not in (1, 3) or splits.kind in (REAL, COUNTS):
@@ -247,10 +243,6 @@ def _load_images_from_files(
         raise ValueError(f"{path}: expected an .npz or .npy file, since the model was trained on {trained_on}")
     channels, height, width = splits.event_shape
     own_color = {1: "gray", 3: "rgb"}[channels]
-    if check_image_size(image_size) not in (None, (height, width)):
-        raise ValueError(f"image_size: expected {height} {width}, as the model has it, got {image_size}")
-    if color not in (None, own_color):
-        raise ValueError(f"color: expected {own_color}, as the model has it, got {color}")
     found = find_images(path) if path.is_dir() else FoundFiles((path.name,), Counter())
     if not found.images:
         raise ValueError(f"{path}: expected images, got {found.describe_others()}")

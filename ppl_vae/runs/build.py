@@ -9,7 +9,6 @@ from typing import cast
 
 import torch
 from torch import nn
-from torch.distributions import Distribution
 
 from ppl_vae import data
 from ppl_vae.conditional import Conditional
@@ -18,9 +17,8 @@ from ppl_vae.parts import likelihoods, networks
 from ppl_vae.parts.registry import DENSE_NETWORKS, LIKELIHOODS, NETWORKS, POSTERIORS, PRIORS, find_owners
 from ppl_vae.protocols import Likelihood
 from ppl_vae.runs.options import PLAIN, Options, default_objective, format_flag
-from ppl_vae.runtime.global_state import seeded, serialize_threads
+from ppl_vae.runtime.global_state import serialize_threads
 from ppl_vae.vae import VAE
-from ppl_vae.weights import is_deterministic
 
 _OF_SEVERAL_LAYERS = ("upper_hidden", "inference", "decoder_input")
 
@@ -76,29 +74,6 @@ def build_meta_vae(options: Options, event_shape: Sequence[int]) -> VAE:
 def count_weights(options: Options, event_shape: Sequence[int]) -> int:
     """The number of weights of the VAE that the options describe."""
     return sum(w.numel() for w in build_meta_vae(options, event_shape).parameters())
-
-
-def has_closed_form_kl(options: Options, *, by_latent: bool) -> bool:
-    """Whether torch has a closed form of KL(q(z | x) || p(z)), or of each latent's, as ``FreeBits`` needs it."""
-    assert options.prior is not None
-    L = (options.latent_dim, *(options.upper_latents or ()))[-1]
-    with seeded(0, torch.device("cpu")):
-        family = POSTERIORS[options.posterior].build(options, latent_dim=L)
-
-        def posterior(u: torch.Tensor) -> Distribution:
-            return family(torch.zeros(len(u), family.num_features))
-
-        q = posterior(torch.zeros(1))
-        p = PRIORS[options.prior].build(options, latent_dim=L, posterior=posterior, event_shape=(1,))()
-    if by_latent and is_deterministic(q):
-        return False
-    if by_latent:
-        q, p = (getattr(distribution, "base_dist", distribution) for distribution in (q, p))
-    try:
-        kl = torch.distributions.kl_divergence(q, p)
-    except NotImplementedError:
-        return False
-    return tuple(kl.shape) == ((1, L) if by_latent else (1,))
 
 
 def _build_hierarchy(

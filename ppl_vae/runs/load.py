@@ -73,7 +73,7 @@ def read_options(config: Mapping[str, object]) -> Options:
     for spec in specs:
         if spec.name in found:
             check_value(spec, found[spec.name])  # a file is held to what this program writes
-    options = Options.make(found)
+    options = Options(**found)
     return replace(options, objective=default_objective(options), warmup_epochs=0) if exported else options
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, dataclass, field, fields
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 from ppl_vae.data import BINARIZATIONS, COLORS, DATASETS, DEQUANTIZATIONS, FITS, PROTOCOLS
 from ppl_vae.parts import registry as parts
@@ -92,11 +92,6 @@ def is_list(spec: Field[object]) -> bool:
 
 class CheckedOptions:
     """Base of options whose values are checked when they are made."""
-
-    @classmethod
-    def make(cls, values: Mapping[str, object]) -> Self:
-        """The options with these values, by name."""
-        return cls(**values)
 
     def __post_init__(self) -> None:
         for spec in fields(self):  # type: ignore[arg-type]

@@ -56,8 +56,6 @@ class ValidationCurve:
     by the bound L_S where that chooses the weights. None for a stage of one epoch.
     """
 
-    elbo: float | None  # of the kept weights; None where the last stage's initial weights are kept
-    epoch: int  # theirs in the last stage, 0 for the initial weights
     last_tenth_gains: tuple[float | None, ...]
 
 
@@ -87,8 +85,7 @@ class Reproduction:
     rise: float
     protocol: EvaluationProtocol
     weights: int
-    active_units: int | None  # how many latents vary over images (``diagnostics``); None with several layers
-    validation: ValidationCurve | None
+    validation: ValidationCurve
     seconds: StageSeconds
     command: str  # the command line that makes the row again
     commits: tuple[str, ...]  # of the code that took part

@@ -245,7 +245,7 @@ def _make_cells(row: Reproduction) -> list[str]:
 
 def _format_gains(row: Reproduction) -> str:
     """The gain of each stage's last tenth, a dash for a stage of one epoch; empty where no stage has one."""
-    gains = () if row.validation is None else row.validation.last_tenth_gains
+    gains = row.validation.last_tenth_gains
     if all(gain is None for gain in gains):
         return ""
     return ", ".join("-" if gain is None else f"{gain:+.2f}" for gain in gains)

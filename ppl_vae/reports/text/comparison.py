@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -11,9 +10,7 @@ from ppl_vae.evidence.estimate import CONFIDENCE, INDISTINCT, SEED_NATS, Estimat
 from ppl_vae.reports.text import format_number, markdown_table, plus_minus
 from ppl_vae.reports.text.diagnosis import describe_calibration
 from ppl_vae.runs.command_results import ComparedPair, Comparison, LikelihoodRow, NetworkRow
-from ppl_vae.runs.options import PLACES, Options
 from ppl_vae.runs.recipes import Published, Recipe, Reproduction
-from ppl_vae.runs.results import to_json
 
 # With fewer differences their mean is not yet close to normal unless they are. Source: a rule of thumb.
 _FEW_IMAGES = 30
@@ -146,12 +143,6 @@ def describe_network_table(rows: Sequence[NetworkRow]) -> list[str]:
 
 # --- Reproductions of numbers in print ---
 
-# Options that do not decide how good the trained model is, apart from the noise of the seed.
-_UNIMPORTANT = {
-    *("seed", "stream", "tensorboard", "checkpoint_seconds", "images", "evaluation_particles"),
-    *PLACES,
-}
-
 
 def describe_recipes(recipes: Mapping[str, Recipe]) -> list[str]:
     """Each recipe's name, model and epochs, and below it the numbers that it is compared with."""
@@ -200,7 +191,7 @@ def seeds_table(rows: Sequence[Reproduction]) -> str:
     s, the standard deviation between seeds. The mean of n trainings is uncertain by s / sqrt(n), and its difference
     from a number in print by sqrt(s^2 / n + e^2), with the printed error e, where there is one.
     """
-    groups: dict[str, list[Reproduction]] = {}
+    groups: dict[tuple[object, ...], list[Reproduction]] = {}
     for row in rows:
         groups.setdefault(_identify_training(row), []).append(row)
     lines = []
@@ -220,11 +211,9 @@ def seeds_table(rows: Sequence[Reproduction]) -> str:
     return markdown_table(header, lines) if lines else ""
 
 
-def _identify_training(row: Reproduction) -> str:
-    """What two rows of one training share, apart from the seed. An option that a row lacks has its default there."""
-    usual = {name: value for name, value in to_json(Options()).items() if name not in _UNIMPORTANT}
-    stages = [{name: stage.get(name, value) for name, value in usual.items()} for stage in row.options]
-    return json.dumps([row.recipe, vars(row.protocol), stages], sort_keys=True)
+def _identify_training(row: Reproduction) -> tuple[object, ...]:
+    """What two rows of one training share, apart from the seed."""
+    return row.recipe, *vars(row.protocol).values(), *row.budget.epochs, row.precision
 
 
 def _make_cells(row: Reproduction) -> list[str]:

@@ -76,7 +76,6 @@ def describe_evaluation(found: Evaluation) -> list[str]:
     if k is not None and k >= _K_WITHOUT_MEAN:
         trust = " (from 1 on the bound cannot be trusted: take more particles, or a certificate)"
     floor = "" if k is not None and k < _K_WITH_VARIANCE else ", as a floor since k-hat is not below 0.5,"
-    floor = ", as a floor since k-hat is not known at so few samples," if k is None else floor
     lines += [
         f"  effective particles: median {format_number(found.ess.median, 1)} of {S:,}; Pareto k-hat: {fitted}{trust}",
         f"  delta method and jackknife see{floor} a Monte Carlo error of {format_number(found.monte_carlo_stderr, 3)} "
@@ -127,16 +126,11 @@ def describe_encoding(found: Encoding) -> list[str]:
 def describe_imputation(found: ImputationSummary) -> list[str]:
     """What is missing in images, and the log p of what is not, line by line."""
     n, S, missing, pixels = found.num_images, found.num_particles, found.missing_pixels, found.num_pixels
-    if missing:
-        lines = [f"{missing:,} of {pixels:,} pixels are missing ({missing / pixels:.0%}), in {n:,} images."]
-        if found.complete_images:
-            lines.append(f"  Without a missing pixel: {found.complete_images:,}, imputed as they are.")
-    else:
-        lines = [f"No pixel is missing in {n:,} images: nothing is imputed, and log p is that of the whole images."]
-    if found.empty_images:
-        lines.append(
-            f"  Without an observed pixel: {found.empty_images:,}, imputed by draws of the model, with log p of 0."
-        )
+    lines = [
+        f"{missing:,} of {pixels:,} pixels are missing ({missing / pixels:.0%}), in {n:,} images.",
+        f"  Without a missing pixel: {found.complete_images:,}, imputed as they are. Without an observed one: "
+        f"{found.empty_images:,}, imputed by draws of the model, with log p of 0.",
+    ]
     measure = describe_measure(found)
     lines.append(
         f"log p(x_observed) {plus_minus(found.log_likelihood_observed)} nats per image: the bound L_{S}, in "

@@ -13,7 +13,6 @@ from ppl_vae import runs
 from ppl_vae.commands.evaluate import evaluate_images
 from ppl_vae.commands.options import Encode, Impute, Sample
 from ppl_vae.data import SPLITS, dequantize_uniformly
-from ppl_vae.diagnostics.pictures import measure_latent_use
 from ppl_vae.evidence.estimate import Estimate, ImagesMean
 from ppl_vae.evidence.evaluation import evaluate, reconstruction
 from ppl_vae.evidence.missing import Imputation, Observed, impute
@@ -94,9 +93,8 @@ def encode_images(options: Encode, *, say: Say) -> Path:
         arrays |= {"labels": given.labels}
     vae = load_evaluated_vae(run)
     with seeded(options.seed, torch.device("cpu")), torch.no_grad():
-        use = measure_latent_use(vae, given.x, codes)
         figure = latents_figure(
-            codes, use, vae.prior(), kind="image", classes=given.labels, class_names=run.splits.class_names
+            codes, vae.prior(), kind="image", classes=given.labels, class_names=run.splits.class_names
         )
     (folder / "encoded.json").unlink(missing_ok=True)  # the last that is written: it never describes other arrays
     write_arrays(folder / "encoded.npz", arrays, given.names)

@@ -8,18 +8,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, Normal, kl_divergence
+from torch.distributions import Distribution
 from torch.nn.functional import pad
 
-from ppl_vae.diagnostics.latents import active_units
 from ppl_vae.evidence.estimate import Estimate, ratio_of_means
 from ppl_vae.evidence.moments import (
     PRIOR_DRAWS,
-    PosteriorMoments,
-    compute_moments,
     factors,
     mean_or_draw,
-    normal_factors,
     sample_latents,
 )
 from ppl_vae.protocols import LatentModel
@@ -242,43 +238,3 @@ def decode_plane(vae: LatentModel, grid: Tensor) -> Tensor:
     """
     second, first = torch.meshgrid(grid[:, 1], grid[:, 0], indexing="ij")
     return vae.likelihood(torch.stack([first, second], dim=-1)).mean
-
-
-# --- Which latents to show ---
-
-
-@dataclass(frozen=True)
-class LatentUse:
-    """How much each latent says about an image.
-
-    Args:
-        values: (L,).
-        name: "mean KL" or "variance".
-        unit: What follows a value, such as " nats".
-    """
-
-    values: Tensor
-    name: str
-    unit: str
-
-
-@torch.no_grad()
-def measure_latent_use(vae: LatentModel, x: Tensor, codes: PosteriorMoments) -> LatentUse:
-    """The mean KL of each latent where guide and prior are products of normals, else the variance of E[z_l | x].
-
-    The variance is in variances of the prior, except under a deterministic guide, whose KL is infinite. A latent of
-    another guide or prior has no KL of its own in closed form.
-
-    Args:
-        vae: The VAE.
-        x: Images (N, *E).
-        codes: Their posterior moments.
-    """
-    prior = vae.prior()
-    if bool((codes.scale == 0).any()):
-        return LatentUse(codes.mean.var(0, correction=0), "variance", "")
-    p = normal_factors(prior)
-    if p is not None and normal_factors(vae.posterior(x[:1])) is not None:
-        kl = kl_divergence(Normal(codes.mean, codes.scale), p).mean(0)
-        return LatentUse(kl, "mean KL", " nats")
-    return LatentUse(active_units(codes, compute_moments(prior).scale).mean, "variance", "")

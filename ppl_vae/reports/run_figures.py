@@ -15,12 +15,10 @@ from torch import Tensor
 from ppl_vae import data, runs
 from ppl_vae.diagnostics.measurement import Measurements
 from ppl_vae.diagnostics.pictures import (
-    LatentUse,
     decode_plane,
     decode_traversals,
     find_principal_directions,
     latent_quantiles,
-    measure_latent_use,
 )
 from ppl_vae.evidence.importance import gather_log_weights
 from ppl_vae.evidence.moments import PosteriorMoments, encode, mean_or_draw
@@ -158,12 +156,6 @@ class _Scene:
         with seeded(_FIGURE_SEED, torch.device("cpu")):
             return index, encode(self.vae, self.x[index])
 
-    @cached_property
-    def use(self) -> LatentUse:
-        index, codes = self.encoded
-        with seeded(_FIGURE_SEED, torch.device("cpu")):
-            return measure_latent_use(self.vae, self.x[index], codes)
-
 
 # --- The figures ---
 
@@ -229,7 +221,7 @@ def _latents(scene: _Scene) -> Figure:
     (index, codes), splits = scene.encoded, scene.run.splits
     classes, names = splits.labels["test"][index] if "test" in splits.labels else None, splits.class_names
     prior = scene.vae.prior()
-    return latents_figure(codes, scene.use, prior, kind="test image", classes=classes, class_names=names)
+    return latents_figure(codes, prior, kind="test image", classes=classes, class_names=names)
 
 
 def _log_likelihoods(scene: _Scene) -> Figure:

@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from matplotlib.patches import Rectangle
 
-from ppl_vae.diagnostics.pictures import LatentUse
 from ppl_vae.evidence.moments import PosteriorMoments
 from ppl_vae.reports.figures import charts, images
 
@@ -62,13 +61,12 @@ def normal(num_latents):
     return torch.distributions.Independent(torch.distributions.Normal(zeros, zeros + 1), 1)
 
 
-USE = LatentUse(torch.tensor([0.3, 0.2]), "variance", "")
 POINTS = torch.tensor([[0.0, 1.0], [2.0, -1.0], [0.5, 0.5], [-4.0, 0.0]])
 
 
 def test_every_class_has_its_points_and_its_name():
     codes, classes = PosteriorMoments(POINTS, torch.ones(4, 2)), torch.tensor([1, 0, 1, 0])
-    figure = charts.latents_figure(codes, USE, normal(2), kind="x", classes=classes, class_names=("cat", "dog"))
+    figure = charts.latents_figure(codes, normal(2), kind="x", classes=classes, class_names=("cat", "dog"))
     shown = {part.get_label(): np.asarray(part.get_offsets()) for part in figure.axes[0].collections}
     assert shown.keys() == {"prior: 2,000 draws", "cat", "dog"}
     np.testing.assert_array_equal(shown["cat"], POINTS[[1, 3]])
@@ -77,7 +75,7 @@ def test_every_class_has_its_points_and_its_name():
 
 def test_one_latent_has_a_histogram_that_counts_every_image():
     codes = PosteriorMoments(torch.linspace(-5, 2, 50)[:, None], torch.ones(50, 1))
-    figure = charts.latents_figure(codes, USE, normal(1), kind="x", classes=torch.arange(50) % 2)
+    figure = charts.latents_figure(codes, normal(1), kind="x", classes=torch.arange(50) % 2)
     bars = [patch for patch in figure.axes[0].patches if isinstance(patch, Rectangle)]
     assert sum(bar.get_height() for bar in bars) == 50
 

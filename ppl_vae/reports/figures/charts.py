@@ -13,10 +13,10 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from torch.distributions import Distribution
 
+from ppl_vae.diagnostics.latents import active_units
 from ppl_vae.diagnostics.likelihood import PixelCalibration
-from ppl_vae.diagnostics.pictures import LatentUse
 from ppl_vae.evidence.estimate import Estimate
-from ppl_vae.evidence.moments import PosteriorMoments, sample_latents
+from ppl_vae.evidence.moments import PosteriorMoments, compute_moments, sample_latents
 from ppl_vae.reports.figures.images import Images, elongation, show_tiles
 from ppl_vae.reports.text.pages import TITLES
 
@@ -171,30 +171,29 @@ def pixel_calibration(found: Mapping[str, PixelCalibration], *, title: str) -> F
 
 def latents_figure(
     codes: PosteriorMoments,
-    use: LatentUse,
     prior: Distribution,
     *,
     kind: str,
     classes: Tensor | None = None,
     class_names: tuple[str, ...] = (),
 ) -> Figure:
-    """Posterior means in the two latents that are used most, colored by class, over draws of the prior in gray.
+    """Posterior means in the two latents of the largest variance, colored by class, over draws of the prior in gray.
 
     A single latent has a histogram. The draws are from torch's global generator.
 
     Args:
         codes: The posterior moments of N images.
-        use: How much each latent is used.
         prior: p(z), event (L,).
         kind: One of the images in words, such as "test image".
         classes: (N,) int64, where they are known.
         class_names: The word for each class.
     """
     N, L = codes.mean.shape
-    order = list(range(L)) if L <= 2 else use.values.argsort(descending=True)[:2].tolist()
-    names = [f"z{k}, {use.name.removeprefix('mean ')} {use.values[k]:.2f}{use.unit}" for k in order]
+    variance = active_units(codes, compute_moments(prior).scale).mean
+    order = list(range(L)) if L <= 2 else variance.argsort(descending=True)[:2].tolist()
+    names = [f"z{k}, variance {variance[k]:.2f}" for k in order]
     points, draws = (each[:, order].cpu().numpy() for each in (codes.mean, sample_latents(prior, _PRIOR_SHOWN)))
-    title = TITLES["latents-chosen" if L > 2 else "latents"].format(num_images=N, kind=kind, num_latents=L, use=use)
+    title = TITLES["latents-chosen" if L > 2 else "latents"].format(num_images=N, kind=kind, num_latents=L)
     figure = make_figure(title, width=6.8, height=5.0)
     axes, words = figure.subplots(), f"prior: {len(draws):,} draws"
     groups = _group_by_class(classes, N, class_names)

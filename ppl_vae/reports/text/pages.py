@@ -33,7 +33,7 @@ TITLES = {
     "{num_images:,} test images; bars are standard errors over images",
     "latents": "Posterior means of {num_images:,} {kind}s",
     "latents-chosen": "Posterior means of {num_images:,} {kind}s,\nin the two of {num_latents} latents with the "
-    "highest {use.name}",
+    "largest variance, in variances of the prior",
     "imputations": "x_missing ~ p(x_missing | x_observed); missing pixels are blue; ESS: effective particles",
     "display": "\nblack is {low:.3g} and below, white {high:.3g} and above",  # follows another title
     # of a table of likelihoods

@@ -325,18 +325,17 @@ def describe_export(run: Run, folder: Path, entries: Mapping[str, object], figur
 def _describe_limits(run: Run) -> str:
     limits = ["Nothing here was checked beyond the images that the numbers are of: no fairness, no other source."]
     if is_autoencoder(run.options):
-        words = "It gives reconstructions alone; log p(x | z(x)) is no log-likelihood, and compares with none."
-        return _make_bullets(*limits, words)
-    limits.append(f"Its nats are of a {run.scale}, and compare with no number on another scale or protocol.")
+        limits.append("It gives reconstructions alone; log p(x | z(x)) is no log-likelihood, and compares with none.")
+        return _make_bullets(*limits)
     if run.pixels == "dequantized":
         limits.append(
             "`load` gives a density of (level + u) / 256; `dequantized(load(...))` is the mass of levels that the "
             "numbers are of."
         )
-    elif "density" in run.scale:
-        limits.append("A density can be above 1 and its log above 0; where values lie on a grid it has no bound.")
     return _make_bullets(
         *limits,
+        f"Its nats are of a {run.scale}, and compare with no number on another scale or protocol. A density can be "
+        "above 1 and its log above 0; where values lie on a grid it has no bound.",
         "A high log p(x) does not say that an image is like the training data: smooth and simple images of another "
         "kind can score higher (Nalisnick et al. 2019, arXiv 1810.09136). It finds no outliers by itself.",
     )

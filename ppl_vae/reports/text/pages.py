@@ -260,8 +260,7 @@ CAPTIONS = {
     "bounds": "Differences of L_S and of the ELBO to beta = 1 on the same test images, with standard errors, near the "
     "best beta. Hollow marks are estimates that have not settled.",
     "beta": "Nats per image ± standard error over images. L_S is the importance-weighted bound on log p(x).",
-    "sweep": "{dataset}: {name} along beta. Where are reconstructions exact, where are samples of the prior like the "
-    "data, and from where on are all pictures the same?",
+    "sweep": "{dataset}: {name} along beta. How like the test images are they, and where are they all the same?",
     "check": "KS: the Kolmogorov-Smirnov distance of the farthest latent. The last two columns add up to the mean KL, "
     "nats.",
     "errors": "Reconstructions; squared errors are per pixel. The autoencoder's nats are log p(x | z(x)), never a "

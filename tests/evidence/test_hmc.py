@@ -51,53 +51,6 @@ def _chain(terms, coefficients, z, *, step_size, num_transitions, num_leapfrogs=
     return point, total
 
 
-def _path(step, *, num_leapfrogs, z, momentum):
-    """A path over a correlated normal, and how far its energy moved."""
-    terms, one = [CORRELATED.log_prob], torch.ones(1, dtype=torch.double)
-    begin = point_at(terms, z)
-    point, p = begin, momentum
-    for _ in range(num_leapfrogs):
-        point, p = leapfrog(terms, one, point, p, torch.tensor(step, dtype=torch.double))
-
-    def energy(point, p):
-        return p.square().sum(-1) / 2 - point.values[0]
-
-    return point, p, (energy(point, p) - energy(begin, momentum)).abs()
-
-
-def _start():
-    torch.manual_seed(0)
-    return CORRELATED.sample((50, 2)), torch.randn(50, 2, 3, dtype=torch.double)
-
-
-def test_a_leapfrog_with_its_momentum_reversed_leads_back():
-    z, momentum = _start()
-    there, p, _ = _path(0.3, num_leapfrogs=10, z=z, momentum=momentum)
-    back, p, _ = _path(0.3, num_leapfrogs=10, z=there.z, momentum=-p)
-    assert_close(back.z, z, rtol=0, atol=1e-12)
-    assert_close(-p, momentum, rtol=0, atol=1e-12)
-
-
-def test_the_error_of_the_energy_falls_with_the_square_of_the_step():
-    z, momentum = _start()
-    errors = [_path(0.8 / n, num_leapfrogs=n, z=z, momentum=momentum)[2].mean() for n in (16, 32, 64)]
-    ratios = torch.stack(errors[:-1]) / torch.stack(errors[1:])
-    assert_close(ratios, torch.full_like(ratios, 4.0), rtol=0.05, atol=0)
-
-
-def test_a_leapfrog_keeps_volumes():
-    z, momentum = _start()
-
-    def end(both):
-        z, p = both.reshape(2, 1, 1, 2)
-        there, p = leapfrog([_banana], torch.ones(1, dtype=torch.double), point_at([_banana], z), p, torch.tensor(0.4))
-        return torch.cat([there.z.flatten(), p.flatten()])
-
-    both, h = torch.stack([z[0, 0, :2], momentum[0, 0, :2]]).flatten(), 1e-6
-    columns = [(end(both + h * e) - end(both - h * e)) / (2 * h) for e in torch.eye(4, dtype=torch.double)]
-    assert_close(torch.stack(columns).det(), torch.tensor(1.0, dtype=torch.double), rtol=0, atol=1e-7)
-
-
 def test_a_correlated_normal_is_reached_from_elsewhere():
     torch.manual_seed(1)
     z = torch.full((4000, 2, 3), 3.0, dtype=torch.double)

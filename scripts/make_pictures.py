@@ -37,12 +37,12 @@ class Pictures(CheckedOptions):
 
     output: str = option(str(ROOT / "docs" / "pictures"), "folder of the pictures")
     runs: str = option("runs/pictures", "folder of the runs of the strips along beta and of likelihoods")
-    report: str | None = option(None, "a run's report.html, of whose latent explorer a browser takes a picture")
     train: bool = option(False, "train those of these runs that are missing; a minute or two each", BOOLEAN)
 
 
 INK = {"light": (20, 24, 32), "dark": (240, 244, 250)}  # the color of a pixel that is 1; one that is 0 is transparent
-Row = tuple[str, "Tensor"]  # words on its left, and (N, H, W) images with values in [0, 1]
+STYLES = {"light": "default", "dark": "dark_background"}  # of matplotlib
+Row = tuple[str, "Tensor"]  # words above it, and (N, H, W) images with values in [0, 1]
 
 
 def main() -> None:
@@ -52,22 +52,23 @@ def main() -> None:
     output, folder = Path(asked.output), Path(asked.runs)
     output.mkdir(parents=True, exist_ok=True)
     digits = data.load("mnist").test.float() / 255
-    draw(output, "samples", samples_of_prior(), margin=0)
-    draw(output, "reconstructions", reconstructions(digits), margin=130)
-    if asked.report is not None:
-        photograph_explorer(output, Path(asked.report))
+    draw(output, "samples", samples_of_prior())
+    draw(output, "reconstructions", reconstructions(digits))
+    draw_study(output)
+    photograph_explorer(output)
     words = {f"beta-{beta}": f"--beta {beta} --keep last" for beta in BETAS}
     words |= {f"likelihood-{word}": f"--dataset fashion-mnist --likelihood {word}" for word in LIKELIHOODS}
     for name, more in words.items():
         if asked.train and not (folder / name / "evaluation.json").exists():
             train = [sys.executable, str(ROOT / "scripts" / "train_svi.py"), *PLAIN.split(), *more.split()]
-            subprocess.run([*train, "--run-dir", str(folder / name)], check=True)
+            if subprocess.run([*train, "--run-dir", str(folder / name)]).returncode:
+                raise ValueError(f"{folder / name}: its training failed; the lines above say why")
     if all((folder / f"beta-{beta}").is_dir() for beta in BETAS):
-        draw(output, "beta", strip_of_betas(folder, digits), margin=220)
+        draw(output, "beta", strip_of_betas(folder, digits))
     else:
         print(f"No strip along beta: its runs are not in {folder}, and --train trains them")
     if all((folder / f"likelihood-{word}").is_dir() for word in LIKELIHOODS):
-        draw(output, "likelihoods", strip_of_likelihoods(folder), margin=180)
+        draw(output, "likelihoods", strip_of_likelihoods(folder))
     else:
         print(f"No strip of likelihoods: its runs are not in {folder}, and --train trains them")
 
@@ -125,7 +126,7 @@ def strip_of_betas(folder: Path, digits: "Tensor") -> list[Row]:
     for beta in BETAS:
         numbers = found[f"mnist-beta-{beta}"]
         rate, distortion = numbers["kl"]["mean"], -numbers["reconstruction"]["mean"]
-        words = f"beta {beta}: rate {rate:.1f},\ndistortion {distortion:.1f}"
+        words = f"beta {beta}: rate {rate:.1f}, distortion {distortion:.1f}"
         rows.append((words, reconstruct(load(str(folder / f"beta-{beta}")), x)[0].squeeze(1)))
     return rows
 
@@ -148,53 +149,104 @@ def strip_of_likelihoods(folder: Path) -> list[Row]:
         is_mass = LIKELIHOODS[word]
         mean, drawn = reconstruct(vae, levels if is_mass else (levels + 0.5) / 256)
         shown = torch.cat([mean.squeeze(1), gap, drawn.squeeze(1)])
-        rows.append((f"{word}\n{bits[word]:.2f} bits per dim", shown / 255 if is_mass else shown))
+        rows.append((f"{word}: {bits[word]:.2f} bits per dim", shown / 255 if is_mass else shown))
     return rows
 
 
 # --- How it is drawn ---
 
 
-def draw(output: Path, name: str, rows: list[Row], *, margin: int) -> None:
-    """Writes NAME-light.png and NAME-dark.png: rows of images with words on their left, in 32 levels."""
+def draw(output: Path, name: str, rows: list[Row]) -> None:
+    """Writes NAME-light.png and NAME-dark.png: rows of images with words above them, in 32 levels."""
     import numpy as np
     from PIL import Image, ImageDraw, ImageFont
 
-    gap, tile, font = 2, 28 * MAGNIFIED, ImageFont.load_default(18)
-    width = margin + len(rows[0][1]) * (tile + gap) - gap
-    canvas = Image.new("L", (width, len(rows) * (tile + gap) - gap))
+    gap, tile, line, font = 2, 28 * MAGNIFIED, 34, ImageFont.load_default(19)
+    heights = [tile + gap + (line if words else 0) for words, _ in rows]
+    canvas = Image.new("L", (len(rows[0][1]) * (tile + gap) - gap, sum(heights) - gap))
     ink = ImageDraw.Draw(canvas)
-    for k, (words, images) in enumerate(rows):
-        top = k * (tile + gap)
-        if words:
-            ink.multiline_text((0, top + tile // 2), words, fill=180, font=font, anchor="lm", spacing=5)
+    for (words, images), bottom in zip(rows, np.cumsum(heights).tolist(), strict=True):
+        top = bottom - tile - gap
+        ink.text((0, top - 5), words, fill=200, font=font, anchor="ld")
         for j, image in enumerate(images.clamp(0, 1).numpy()):
             small = Image.fromarray(np.rint(255 * image).astype(np.uint8))
-            canvas.paste(small.resize((tile, tile), Image.Resampling.BICUBIC), (margin + j * (tile + gap), top))
+            canvas.paste(small.resize((tile, tile), Image.Resampling.BICUBIC), (j * (tile + gap), top))
     colors = np.rint(np.asarray(canvas) * (31 / 255)).astype(np.uint8)
     for page, color in INK.items():
         picture = Image.fromarray(colors, "P")
         picture.putpalette(32 * color)
         opacity = bytes(np.rint(np.linspace(0, 255, 32)).astype(np.uint8))
         picture.save(output / f"{name}-{page}.png", optimize=True, bits=5, transparency=opacity)
+    report(output, name)
+
+
+def report(output: Path, name: str) -> None:
     print(f"{name}: {(output / f'{name}-light.png').stat().st_size / 1024:.0f} kB")
 
 
-def photograph_explorer(output: Path, report: Path) -> None:
-    """Writes explorer-light.png and explorer-dark.png, as chromium shows that part of the report."""
+def draw_study(output: Path) -> None:
+    """Writes panels of the study's figures from its stored numbers, each narrow enough for a phone."""
+    from dataclasses import replace
     from io import BytesIO
 
+    from matplotlib import style
     from PIL import Image
-    from playwright.sync_api import sync_playwright
 
-    with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        for page in INK:
-            tab = browser.new_page(viewport={"width": 1100, "height": 900}, color_scheme=page)  # type: ignore
-            tab.goto(report.resolve().as_uri())
-            seen = Image.open(BytesIO(tab.locator(".explorer .stage").first.screenshot()))
-            seen.convert("RGB").quantize(256).save(output / f"explorer-{page}.png", optimize=True)
+    from ppl_vae.study import figures
+    from ppl_vae.study.results import read_study
+
+    study = read_study(ROOT / "scripts" / "results")
+    panels = {
+        "rate-distortion": (figures.draw_rate_distortion, "mnist"),
+        "active": (figures.draw_active, "mnist"),
+        "bounds-mnist": (figures.draw_bounds, "mnist"),
+        "bounds-fashion-mnist": (figures.draw_bounds, "fashion-mnist"),
+    }
+    for name, (draw_panel, dataset) in panels.items():
+        for page, words in STYLES.items():
+            with style.context(words):
+                figure = draw_panel(replace(study, datasets=(dataset,)))
+                figure.set_size_inches(4.2, 3.4)
+                png = BytesIO()
+                figure.savefig(png, dpi=200, transparent=True)
+            picture = Image.open(png).quantize(64, method=Image.Quantize.FASTOCTREE)
+            picture.save(output / f"study-{name}-{page}.png", optimize=True)
+        report(output, f"study-{name}")
+
+
+def photograph_explorer(output: Path) -> None:
+    """Writes explorer-light.png and explorer-dark.png, the live decoder as chromium shows it."""
+    from io import BytesIO
+    from tempfile import TemporaryDirectory
+
+    from PIL import Image
+
+    from ppl_vae.reports.page.blocks import Section, page
+    from ppl_vae.reports.page.explorer import make_explorer
+    from ppl_vae.runs.open import open_run
+
+    chromium = shutil.which("chromium")
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        chromium = None
+    if chromium is None:
+        print("No picture of the explorer: it needs chromium, and pip install playwright")
+        return
+    with TemporaryDirectory() as folder, sync_playwright() as driver:
+        path = Path(folder) / "page.html"
+        path.write_text(page("Explorer", [Section("", [make_explorer(open_run("mnist-best"))], "explore")]))
+        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        for scheme in INK:
+            window = {"width": 660, "height": 900}  # narrow, for words that are large enough
+            tab = browser.new_page(viewport=window, device_scale_factor=1.5, color_scheme=scheme)  # type: ignore
+            tab.goto(path.as_uri())
+            tab.wait_for_function("() => document.querySelector('.picked p').textContent.includes('no.')")
+            seen = Image.open(BytesIO(tab.locator(".explorer .stage").screenshot()))
+            picture = seen.convert("RGB").quantize(256, method=Image.Quantize.FASTOCTREE)  # keeps rare colors
+            picture.save(output / f"explorer-{scheme}.png", optimize=True)
         browser.close()
+    report(output, "explorer")
 
 
 if __name__ == "__main__":

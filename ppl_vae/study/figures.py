@@ -17,6 +17,7 @@ from ppl_vae.study.results import Difference, RunNumbers, StudyNumbers
 Value = Estimate | Difference | float | None
 
 _NEAR = 3.0  # nats below the best bound that its figure shows
+_APART = 0.06  # of the axes' lengths, between points with a label
 
 
 def draw_figures(study: StudyNumbers) -> dict[str, Figure]:
@@ -57,7 +58,7 @@ def _set_beta_axis(axes: Axes) -> None:
     axes.xaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
     axes.set_xlabel("beta")
-    axes.axvline(1, color="black", linewidth=0.7, linestyle=":")
+    axes.axvline(1, color="0.5", linewidth=0.7, linestyle=":")
 
 
 def draw_rate_distortion(study: StudyNumbers) -> Figure:
@@ -68,10 +69,17 @@ def draw_rate_distortion(study: StudyNumbers) -> Figure:
         rate = np.array([_mean(run.kl) for run in sweep])
         distortion = np.array([-_mean(run.reconstruction) for run in sweep])
         axes.plot(rate, distortion, "o-", markersize=4.5, label="along beta")
-        for run, x, y in zip(sweep, rate, distortion, strict=True):
-            axes.annotate(f"{run.beta:g}", (x, y), (5, 5), textcoords="offset points", fontsize=8)
+        labelled: list[tuple[float, float]] = []  # where they would not lie on each other, beta = 1 first
+        for run, x, y in sorted(
+            zip(sweep, rate, distortion, strict=True), key=lambda point: abs(math.log(point[0].beta))
+        ):
+            at = x / rate.max(), y / distortion.max()
+            if all(math.dist(at, other) > _APART for other in labelled):
+                axes.annotate(f"{run.beta:g}", (x, y), (5, 5), textcoords="offset points", fontsize=8)
+                labelled.append(at)
+        axes.margins(0.16)
         best, limits = (rate + distortion).min(), (axes.get_xlim(), axes.get_ylim())
-        axes.axline((0, best), slope=-1, color="black", linewidth=0.7, linestyle=":", label="the best ELBO")
+        axes.axline((0, best), slope=-1, color="0.5", linewidth=0.7, linestyle=":", label="the best ELBO")
         axes.set(xlabel="rate: KL, nats per image", ylabel="distortion: -E[log p(x | z)], nats")
         axes.set(xlim=limits[0], ylim=limits[1])
         axes.legend()
@@ -91,13 +99,13 @@ def draw_bounds(study: StudyNumbers) -> Figure:
             best = max(value.mean for value in values)
             near += [(run.beta, v.mean) for run, v in zip(sweep, values, strict=True) if v.mean > best - _NEAR]
         _set_beta_axis(axes)
-        axes.axhline(0, color="black", linewidth=0.7, linestyle=":")
+        axes.axhline(0, color="0.5", linewidth=0.7, linestyle=":")
         betas, gains = zip(*near, strict=True)
         margin = 0.12 * max(max(gains) - min(gains), 0.5)
         axes.set(xlim=(min(betas) / 1.4, max(betas) * 1.4), ylim=(min(gains) - margin, max(gains) + margin))
         axes.set_xticks(sorted(set(betas)), [f"{beta:g}" for beta in sorted(set(betas))])
-        axes.set_ylabel("nats per image, minus those of beta = 1")
-        axes.legend()
+        axes.set_ylabel("nats per image, minus beta = 1")
+        axes.legend(loc="lower center", fontsize=8)
     return figure
 
 

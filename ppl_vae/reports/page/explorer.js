@@ -142,7 +142,7 @@
       context.globalAlpha = 0.75;
       context.fillStyle = getComputedStyle(pad).color;
       for (let tick = -Math.floor(data.extent / step) * step; tick < data.extent; tick += step) {
-        if (tick === 0 || Math.abs(tick) > 0.92 * data.extent) continue; // a number would be cut, or meet another
+        if (tick === 0 || Math.abs(tick) > 0.88 * data.extent) continue; // a number would be cut, or meet another
         const word = String(tick).replace("-", "−");
         context.textAlign = "center";
         context.fillText(word, across(tick), pad.height - 8 * unit);

@@ -46,7 +46,7 @@ TITLES = {
     "A linear decoder near the state that ignores z learns those above the line",
     "diagnosis-holes": "Does E[x | z] of prior draws look like that of images?\n"
     "{holes.share.mean:.1%} of prior draws are in holes ({holes.expected:.0%} if the aggregate posterior were the "
-    "prior), a classifier tells the two apart with an effect of {effect:.2f} (0: alike, 1: apart)",
+    "prior)\na classifier tells the two apart with an effect of {effect:.2f} (0: alike, 1: apart)",
     "diagnosis-pixels": "Where pixels lie in p(x | z), {num_images:,} images: flat is right",
     # of a certificate
     "agreement": "Two ways to log p(x), {num_images:,} {split} images: all are lower bounds, and the higher is the "

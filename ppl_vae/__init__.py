@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from ppl_vae.evidence.dequantization import dequantized
     from ppl_vae.evidence.estimate import Estimate
     from ppl_vae.evidence.importance import importance, log_evidence
+    from ppl_vae.pyro_program import PyroProgram
     from ppl_vae.runs.load import load, save
+    from ppl_vae.runtime.records import Records
     from ppl_vae.training import fit
     from ppl_vae.vae import VAE
     from ppl_vae.weights import log_weights
@@ -26,7 +28,9 @@ _NAMES = {
     "evidence.dequantization": "dequantized",
     "evidence.estimate": "Estimate",
     "evidence.importance": "importance log_evidence",
+    "pyro_program": "PyroProgram",
     "runs.load": "load save",
+    "runtime.records": "Records",
     "training": "fit",
     "vae": "VAE",
     "weights": "log_weights",
@@ -39,6 +43,8 @@ __all__ = [
     "VAE",
     "Conditional",
     "Estimate",
+    "PyroProgram",
+    "Records",
     "data",
     "dequantized",
     "fit",

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
 from ppl_vae.runtime.global_state import Module
+from ppl_vae.runtime.records import Records
 
-# A model or a guide: what Pyro calls a stochastic function, here of images x (B, *E) with one data plate at dim=-1.
-StochasticFunction = Callable[[Tensor], object]
+# A model or a guide: what Pyro calls a stochastic function, here of images x (B, *E), and of the further tensors of
+# ``Records`` where there are any, with one data plate at dim=-1.
+StochasticFunction = Callable[..., object]
 
 
 class _Module(Module, Protocol):
@@ -56,6 +58,19 @@ class LatentModel(Program, Protocol):
     prior: Callable[[], Distribution]  # () -> p(z), event (L,)
     likelihood: Callable[[Tensor], Distribution]  # z (..., L) -> p(x | z), batch (...), event E
     posterior: Callable[[Tensor], Distribution]  # x (..., *E) -> q(z | x), batch (...), event (L,)
+
+
+def check_latent_model(vae: object, x: object = None) -> None:
+    """Refuse, with a ValueError, a program without the parts of a ``LatentModel``, and images with further tensors."""
+    if not isinstance(vae, LatentModel):
+        raise ValueError(
+            f"vae: expected a VAE, or a module with prior(), likelihood(z) and posterior(x), got {type(vae).__name__}; "
+            "importance, log_evidence and evaluate take a program with a model and a guide alone"
+        )
+    if isinstance(x, Records):
+        raise ValueError(
+            "x: expected a tensor of images, got Records; importance, log_evidence and evaluate take further tensors"
+        )
 
 
 class Family(Protocol):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import pyro
@@ -13,6 +14,7 @@ from torch.distributions import constraints
 
 from ppl_vae.protocols import StochasticFunction
 from ppl_vae.runtime.global_state import evaluation_mode, seeded
+from ppl_vae.runtime.records import Data, arguments_of, images_of
 
 CHECKED_AT_ONCE = 1000  # images
 
@@ -74,7 +76,7 @@ def check_site(site: ImageSite, x: Tensor) -> None:
 
 
 @torch.no_grad()
-def check_support(model: StochasticFunction, x: Tensor) -> None:
+def check_support(model: StochasticFunction, data: Data) -> None:
     """Refuse images to which p(x | z) gives no probability; their computed "log-likelihood" would be meaningless.
 
     The model runs once, on two images, in evaluation mode and with a seed of its own, to find the sites that observe
@@ -83,9 +85,14 @@ def check_support(model: StochasticFunction, x: Tensor) -> None:
 
     NaN is off every support, unless the program replaces it as ``missing.Observed`` does.
 
+    Args:
+        model: A Pyro program over x with one data plate at dim=-1.
+        data: Images x (N, *E), or ``Records``.
+
     Raises:
         ValueError: x is no tensor (N, *E) or empty, or an image is off the support or of another shape.
     """
+    x = images_of(data)
     if not isinstance(x, Tensor):
         raise ValueError(
             f"x: expected a tensor of images, (N, *E), got {describe_type(x)}; torch.as_tensor(x, dtype=torch.float32) "
@@ -95,11 +102,31 @@ def check_support(model: StochasticFunction, x: Tensor) -> None:
         raise ValueError("x: expected at least one image, got none")
     parts = x.split(CHECKED_AT_ONCE)
     # Only an image with a NaN shows whether the program replaces it.
-    probe = next((part[part.isnan().flatten(1).any(1)] for part in parts if part.isnan().any()), x)[:1]
-    sites = _sites_of(model, x, probe)
+    place = torch.cat([part.reshape(len(part), -1).isnan().any(1) for part in parts]).int().argmax()
+    sites = _sites_of(model, data, place.expand(2))
     for site in sites:
         for part in parts:
             check_site(site, part)
+
+
+@contextmanager
+def explain_plates() -> Iterator[None]:
+    """Raise a ValueError of one line, which says what to do, for plates that no program over a batch can have."""
+    try:
+        yield
+    except ValueError as error:
+        words = str(error)
+        if "subsample_size" in words:
+            raise ValueError(
+                'plate: expected one of all images of a batch, pyro.plate("images", len(x), dim=-1), got one that '
+                "subsamples; leave batches to fit (Schedule.batch_size)"
+            ) from None
+        if "collide at dim" in words:
+            raise ValueError(
+                "plate: expected the images' plate at dim=-1 alone, got another at dim=-2; make its dimension part of "
+                "the distributions' events (to_event)"
+            ) from None
+        raise
 
 
 def describe_type(x: object) -> str:
@@ -112,19 +139,20 @@ def describe_type(x: object) -> str:
     return name if dtype is None else f"{name} of dtype {dtype} and shape {tuple(getattr(x, 'shape', ()))}"
 
 
-def _sites_of(model: StochasticFunction, x: Tensor, image: Tensor) -> list[ImageSite]:
-    """Find ``find_image_sites`` in a run of the model on two copies of one of the images x."""
-    probe = image.expand(2, *x.shape[1:])
+def _sites_of(model: StochasticFunction, x: Data, places: Tensor) -> list[ImageSite]:
+    """Find ``find_image_sites`` in a run of the model on the images at these places."""
+    probe = x[places]
     module = getattr(model, "__self__", None)
     with (
         seeded(0, x.device),
         pyro.validation_enabled(False),
         evaluation_mode(module) if isinstance(module, nn.Module) else nullcontext(),
         poutine.block(),
+        explain_plates(),
     ):
         try:
-            trace = poutine.trace(model).get_trace(probe)
+            trace = poutine.trace(model).get_trace(*arguments_of(probe))
         except ValueError as error:  # such as images of another shape; Pyro adds lines of its own
             words = str(error).splitlines()[0].replace(str(tuple(probe.shape)), str(tuple(x.shape)))
             raise ValueError(words) from error
-    return find_image_sites(trace, probe)
+    return find_image_sites(trace, images_of(probe))

@@ -13,7 +13,7 @@ from torch import Tensor
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.parts.likelihoods import Categorical, DiscretizedLogisticMixture
 from ppl_vae.parts.likelihoods.base import independent_pixels
-from ppl_vae.protocols import LatentModel, Likelihood
+from ppl_vae.protocols import LatentModel, Likelihood, check_latent_model
 from ppl_vae.runtime.batching import images_per_pass
 from ppl_vae.runtime.errors import check_count
 from ppl_vae.runtime.global_state import seeded, serialize_threads
@@ -243,6 +243,7 @@ def calibrate_pixels(
     assessment for count data (ties); Talts et al. 2018, arXiv 1804.06788, theorem 1 (ranks). Pixels given a draw of the
     posterior: ours.
     """
+    check_latent_model(vae, x)
     num_draws = check_count("num_draws", num_draws)
     if len(x) == 0:
         raise ValueError("x: expected at least one image, got none")

@@ -34,7 +34,7 @@ from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.evaluation import evaluate, reconstruction
 from ppl_vae.evidence.importance import Importance
 from ppl_vae.evidence.moments import compute_moments, decode_mean, encode, sample_latents, sample_posterior
-from ppl_vae.protocols import LatentModel
+from ppl_vae.protocols import LatentModel, check_latent_model
 from ppl_vae.runtime.global_state import seeded
 from ppl_vae.weights import is_deterministic
 
@@ -155,6 +155,7 @@ def measure(
         num_particles: S of that estimate.
         seed: of every draw.
     """
+    check_latent_model(vae, x)
     if len(x) < FEWEST_IMAGES:
         raise ValueError(f"x: expected at least {FEWEST_IMAGES} images, got {len(x)}")
     kl = by_latent = implied = split = calibration = None

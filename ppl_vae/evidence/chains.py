@@ -20,7 +20,7 @@ from torch.distributions import Distribution
 from ppl_vae.conditional import Conditional
 from ppl_vae.evidence.moments import compute_moments
 from ppl_vae.parts.flows import Autoregressive
-from ppl_vae.protocols import LatentModel
+from ppl_vae.protocols import LatentModel, check_latent_model
 from ppl_vae.runtime.capture import compile_function, detach_tensors, replace_tensors
 from ppl_vae.runtime.errors import check_count
 from ppl_vae.runtime.global_state import evaluation_mode, seeded
@@ -160,6 +160,7 @@ class Chains:
     ) -> None:
         if start not in STARTS:
             raise ValueError(f"start: expected one of {', '.join(STARTS)}, got {start!r}")
+        check_latent_model(vae, x)
         check_count("num_chains", num_chains)
         check_count("num_leapfrogs", num_leapfrogs)
         check_support(vae.model, x)
@@ -269,6 +270,7 @@ def _densities(vae: LatentModel, start: Start, x: Tensor, features: Tensor) -> t
 @contextmanager
 def evaluating(vae: LatentModel) -> Iterator[None]:
     """Evaluation mode, without validation: a transition may propose a z without density, and rejects it."""
+    check_latent_model(vae)
     with evaluation_mode(vae), pyro.validation_enabled(False):
         yield
 

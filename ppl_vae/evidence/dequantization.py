@@ -13,7 +13,7 @@ from torch.distributions import Distribution, constraints
 from ppl_vae.data import NUM_LEVELS, clamp_to_unit_interval, dequantize_uniformly
 from ppl_vae.parts.likelihoods.base import independent_pixels
 from ppl_vae.parts.likelihoods.level_mass import has_exact_mass, log_level_mass
-from ppl_vae.protocols import LatentModel
+from ppl_vae.protocols import LatentModel, check_latent_model
 from ppl_vae.runtime.batching import floats_per_pixel
 from ppl_vae.runtime.errors import check_count
 from ppl_vae.vae import VAE
@@ -123,6 +123,7 @@ def dequantized(vae: LatentModel, *, num_draws: int = 16) -> VAE:
 
     Reference: Theis et al. 2016, arXiv 1511.01844, section 3.1 (the bound).
     """
+    check_latent_model(vae)
     num_draws = check_count("num_draws", num_draws)
     family = getattr(vae.likelihood, "family", None)
     if getattr(family, "measure", "density") != "density":

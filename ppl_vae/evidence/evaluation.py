@@ -24,8 +24,9 @@ from ppl_vae.runtime.capture import compile_function, detach_tensors, replace_te
 from ppl_vae.runtime.errors import CannotCapture, NotFinite, check_count
 from ppl_vae.runtime.global_state import evaluation_mode, seed_generators, seeded, serialize_threads
 from ppl_vae.runtime.ranks import agree
+from ppl_vae.runtime.records import Data, arguments_of, join_arguments
 from ppl_vae.support import check_support
-from ppl_vae.weights import log_reconstruction, log_weight_terms
+from ppl_vae.weights import count_branches, log_reconstruction, log_weight_terms
 
 
 class CapturedTerms:
@@ -37,30 +38,33 @@ class CapturedTerms:
         num_particles: S per batch.
     """
 
-    def __init__(self, vae: Program, x: Tensor, num_particles: int) -> None:
+    def __init__(self, vae: Program, x: Data, num_particles: int) -> None:
         self._shape = (tuple(x.shape), num_particles)
         values = detach_tensors(vae)  # shared memory, so changes in place are seen
         names, self._tensors = list(values), list(values.values())
 
         def function(*tensors: Tensor) -> tuple[Tensor, Tensor]:
-            with replace_tensors(vae, dict(zip(names, tensors[:-1], strict=True))):
-                return log_weight_terms(vae.model, vae.guide, tensors[-1], num_particles)
+            with replace_tensors(vae, dict(zip(names, tensors, strict=False))):
+                return log_weight_terms(vae.model, vae.guide, join_arguments(tensors[len(names) :]), num_particles)
 
-        self._run = compile_function(function, [*self._tensors, x.contiguous()])
+        self._run = compile_function(function, self._inputs(x))
+
+    def _inputs(self, x: Data) -> list[Tensor]:
+        return [*self._tensors, *(tensor.contiguous() for tensor in arguments_of(x))]
 
     def __call__(
-        self, model: StochasticFunction, guide: StochasticFunction, x: Tensor, num_particles: int
+        self, model: StochasticFunction, guide: StochasticFunction, x: Data, num_particles: int
     ) -> tuple[Tensor, Tensor]:
         if (tuple(x.shape), num_particles) != self._shape:
             return log_weight_terms(model, guide, x, num_particles)
-        log_p_x_given_z, log_p_z_over_q_z = self._run([*self._tensors, x.contiguous()])
+        log_p_x_given_z, log_p_z_over_q_z = self._run(self._inputs(x))
         return log_p_x_given_z, log_p_z_over_q_z
 
 
 @serialize_threads()
 def evaluate(
     vae: Program,
-    x: Tensor,
+    x: Data,
     *,
     num_particles: int,
     seed: int,
@@ -82,7 +86,7 @@ def evaluate(
 
     Args:
         vae: On the device of the images.
-        x: Images (N, *E), the same on every rank.
+        x: Images (N, *E), or ``Records``, the same on every rank.
         num_particles: S.
         seed: The seed of the draws.
         check: Whether Pyro validates values, with ``compile`` those of the first image alone.
@@ -102,7 +106,9 @@ def evaluate(
     with seeded(seed, x.device), pyro.validation_enabled(check), evaluation_mode(vae), torch.no_grad():
         size = images_per_group(x, num_particles)
         # The same with and without compiling, so that the noise is the same.
-        batch = BatchSize(*evaluation_batch_size(vae, x, num_particles), device=x.device, say=say)
+        particles, images = evaluation_batch_size(vae, x, num_particles)
+        branches = count_branches(vae.model, vae.guide, x)
+        batch = BatchSize(even_divisor(particles, max(1, particles // branches)), images, device=x.device, say=say)
         terms: Terms = log_weight_terms
         if compile:
             terms = _captured(vae, x, batch, seed=seed, on_compiled=on_compiled)
@@ -131,7 +137,7 @@ def evaluate(
 
 
 def _captured(
-    vae: Program, x: Tensor, batch: BatchSize, *, seed: int, on_compiled: Callable[[float], None] | None
+    vae: Program, x: Data, batch: BatchSize, *, seed: int, on_compiled: Callable[[float], None] | None
 ) -> CapturedTerms:
     """The log-weights of a full pass as a compiled graph, on every rank or on none."""
     started, error = time.monotonic(), None
@@ -151,7 +157,7 @@ def _captured(
 @serialize_threads(gradients=False)
 def reconstruction(
     vae: Program,
-    x: Tensor,
+    x: Data,
     *,
     seed: int,
     check: bool = False,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.moments import sample_latents
-from ppl_vae.protocols import LatentModel
+from ppl_vae.protocols import LatentModel, check_latent_model
 from ppl_vae.runtime.batching import pairs_per_pass
 from ppl_vae.runtime.errors import NotFinite, check_count
 from ppl_vae.runtime.global_state import serialize_threads
@@ -58,6 +58,7 @@ def compute_ranks(vae: LatentModel, *, num_simulations: int, num_draws: int) -> 
 
     Reference: Talts et al. 2018, arXiv 1804.06788, theorem 1; Modrák et al. 2023, arXiv 2211.02383 (log p(x, z)).
     """
+    check_latent_model(vae)
     num_simulations = check_count("num_simulations", num_simulations)
     num_draws = check_count("num_draws", num_draws)
     z_true = sample_latents(vae.prior(), num_simulations)

@@ -14,8 +14,9 @@ from ppl_vae.runtime.batching import pairs_per_pass
 from ppl_vae.runtime.errors import NotFinite, check_count
 from ppl_vae.runtime.global_state import serialize_threads
 from ppl_vae.runtime.numerics import LogWeightSummary
+from ppl_vae.runtime.records import Data
 from ppl_vae.support import check_support
-from ppl_vae.weights import log_weight_terms
+from ppl_vae.weights import count_branches, log_weight_terms
 
 # An image is unreliable where its bound is estimated to lie more than this many nats below log p(x). Source: ours.
 UNRELIABLE_BIAS = 0.5
@@ -28,7 +29,7 @@ IMPORTANCE_NAMES = (
 
 _SUMMARY_SIZE = 10_000  # log-weights that are summarized at once
 
-Terms = Callable[[StochasticFunction, StochasticFunction, Tensor, int], tuple[Tensor, Tensor]]
+Terms = Callable[[StochasticFunction, StochasticFunction, Data, int], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Importance:
 def importance(
     model: StochasticFunction,
     guide: StochasticFunction,
-    x: Tensor,
+    x: Data,
     *,
     num_particles: int,
     chunk: int | None = None,
@@ -103,7 +104,7 @@ def importance(
     Args:
         model: A Pyro program over x with one data plate at dim=-1.
         guide: A Pyro program over x that samples every latent site of the model.
-        x: Images (N, *E).
+        x: Images (N, *E), or ``Records``.
         num_particles: S.
         chunk: The most particles per image that are held at once; by default as many as fit into one pass.
         terms: Gives the two parts of the log-weights, such as ``evaluation.CapturedTerms``.
@@ -121,7 +122,7 @@ def importance(
     num_particles = check_count("num_particles", num_particles)
     chunk = chunk if chunk is None else check_count("chunk", chunk)
     check_support(model, x)
-    pairs = pairs_per_pass(getattr(model, "__self__", None), x)
+    pairs = max(1, pairs_per_pass(getattr(model, "__self__", None), x) // count_branches(model, guide, x))
     chunk = min(num_particles, chunk or pairs)
     # Allocated before the work: small tensors that are kept between large ones would fragment memory.
     results = torch.empty(len(IMPORTANCE_NAMES), len(x), dtype=torch.double, device=x.device)
@@ -132,7 +133,7 @@ def importance(
 
 
 def log_evidence(
-    model: StochasticFunction, guide: StochasticFunction, x: Tensor, *, num_particles: int, chunk: int | None = None
+    model: StochasticFunction, guide: StochasticFunction, x: Data, *, num_particles: int, chunk: int | None = None
 ) -> Tensor:
     """The bound L_S for each image: (N,) nats.
 
@@ -144,7 +145,7 @@ def log_evidence(
 
 
 def measure_group(
-    model: StochasticFunction, guide: StochasticFunction, x: Tensor, num_particles: int, chunk: int, terms: Terms
+    model: StochasticFunction, guide: StochasticFunction, x: Data, num_particles: int, chunk: int, terms: Terms
 ) -> tuple[Tensor, ...]:
     """The fields of ``Importance``, (B,) each, for images (B, *E) that are held at once."""
     summary, reconstruction, kl = _summarize(model, guide, x, num_particles, chunk, terms)
@@ -162,7 +163,7 @@ def measure_group(
 
 
 def _summarize(
-    model: StochasticFunction, guide: StochasticFunction, x: Tensor, num_particles: int, chunk: int, terms: Terms
+    model: StochasticFunction, guide: StochasticFunction, x: Data, num_particles: int, chunk: int, terms: Terms
 ) -> tuple[LogWeightSummary, Tensor, Tensor]:
     """A summary of S log-weights per image, and the means of log p(x | z) and of log q(z | x) - log p(z), (B,)."""
     summary = LogWeightSummary(num_particles, len(x), device=x.device)
@@ -186,7 +187,7 @@ def _summarize(
 
 
 @serialize_threads(gradients=False)
-def gather_log_weights(vae: Program, x: Tensor, num_particles: int) -> Tensor:
+def gather_log_weights(vae: Program, x: Data, num_particles: int) -> Tensor:
     """(S, N) log-weights, nats, in passes that fit into memory. x: (N, *E)."""
     check_support(vae.model, x)
     pairs = pairs_per_pass(vae, x)

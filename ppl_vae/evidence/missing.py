@@ -19,7 +19,7 @@ from torch.distributions import Distribution
 
 from ppl_vae.evidence.proposals import DefensiveMixture
 from ppl_vae.parts.likelihoods.base import independent_pixels
-from ppl_vae.protocols import LatentModel
+from ppl_vae.protocols import LatentModel, check_latent_model
 from ppl_vae.runtime.batching import images_per_pass, latents_per_pass
 from ppl_vae.runtime.errors import NotFinite, check_count
 from ppl_vae.runtime.global_state import seeded, serialize_threads
@@ -60,6 +60,7 @@ class Observed(nn.Module):
 
     def __init__(self, vae: LatentModel, *, rounds: int = 10, num_fillings: int = 30, prior_share: float = 0.2) -> None:
         super().__init__()
+        check_latent_model(vae)
         if not 0 < prior_share < 1:
             raise ValueError(f"prior_share: expected a number between 0 and 1, got {prior_share}")
         self.vae = vae

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
 
-from ppl_vae.protocols import LatentModel
+from ppl_vae.protocols import LatentModel, check_latent_model
 from ppl_vae.runtime.batching import floats_per_latent, images_per_pass, items_per_pass, latents_per_pass
 from ppl_vae.runtime.global_state import serialize_threads
 
@@ -74,6 +74,7 @@ def compute_moments(distribution: Distribution) -> PosteriorMoments:
 @serialize_threads(gradients=False)
 def encode(vae: LatentModel, x: Tensor) -> PosteriorMoments:
     """Mean and scale of q(z | x). x: (N, *E), as the model sees images."""
+    check_latent_model(vae, x)
     parts = [compute_moments(vae.posterior(group)) for group in x.split(images_per_pass(x))]
     mean, scale = torch.cat([part.mean for part in parts]), torch.cat([part.scale for part in parts])
     return PosteriorMoments(mean, scale, parts[0].num_draws)

@@ -20,7 +20,7 @@ from torch.distributions import Distribution, constraints
 
 from ppl_vae.evidence.moments import normal_factors
 from ppl_vae.parts.posteriors import MAX_LOG_SCALE, DiagonalNormal, FullNormal, bounded_log_scale, exponential_log_scale
-from ppl_vae.protocols import Family, LatentModel
+from ppl_vae.protocols import Family, LatentModel, check_latent_model
 from ppl_vae.runtime.capture import is_capturing
 from ppl_vae.vae import VAE
 
@@ -94,6 +94,7 @@ def replace_guide(vae: LatentModel, q: Proposal) -> VAE:
         vae: A VAE, or a hierarchical one, whose layers' latents are then one vector and one site.
         q: From ``refine_proposal`` or ``defend_proposal``.
     """
+    check_latent_model(vae)
     return VAE(vae.prior, vae.likelihood, PerImageGuide(q, vae.posterior)).train(vae.training)
 
 

@@ -15,7 +15,7 @@ from ppl_vae.evidence.importance import importance
 from ppl_vae.evidence.moments import encode
 from ppl_vae.evidence.proposals import Proposal, normal_features, replace_guide
 from ppl_vae.parts.posteriors import DiagonalNormal, FullNormal
-from ppl_vae.protocols import Family, LatentModel
+from ppl_vae.protocols import Family, LatentModel, check_latent_model
 from ppl_vae.runtime.batching import even_block_size, images_per_pass, pairs_per_pass
 from ppl_vae.runtime.capture import compile_function, detach_tensors, replace_tensors
 from ppl_vae.runtime.errors import check_count
@@ -57,6 +57,7 @@ def refine_proposal(
     Reference: Cremer et al. 2018, arXiv 1801.03558, section 4; Kim et al. 2018, arXiv 1802.02550. The gradients: Roeder
     et al. 2017, arXiv 1703.09194.
     """
+    check_latent_model(vae, x)
     steps, num_particles = check_count("steps", steps), check_count("num_particles", num_particles)
     check_support(vae.model, x)
     with evaluation_mode(vae), pyro.validation_enabled(False):

@@ -12,7 +12,7 @@ from torch.distributions import Distribution
 
 from ppl_vae.evidence.estimate import Estimate, ImagesMean
 from ppl_vae.evidence.proposals import DefensiveMixture
-from ppl_vae.protocols import LatentModel
+from ppl_vae.protocols import LatentModel, check_latent_model
 from ppl_vae.vae import VAE
 
 
@@ -36,6 +36,7 @@ def mix_prior_into_guide(vae: LatentModel) -> VAE:
 
     Reference: Hesterberg 1995, Technometrics 37(2), 185-194 (defensive mixture).
     """
+    check_latent_model(vae)
     return VAE(vae.prior, vae.likelihood, PriorMixtureGuide(vae.posterior, vae.prior)).train(vae.training)
 
 

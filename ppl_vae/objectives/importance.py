@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
 from typing import Any
@@ -20,15 +20,19 @@ from pyro.poutine.messenger import Messenger, unwrap
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 
+from ppl_vae.enumeration import Dims, enumerated_dims, sum_out
 from ppl_vae.protocols import StochasticFunction
 from ppl_vae.runtime.capture import replace_tensors
 from ppl_vae.runtime.errors import check_count
 from ppl_vae.runtime.numerics import log_mean_exp
+from ppl_vae.runtime.records import Records
 from ppl_vae.weights import (
     check_densities,
     check_sites,
+    find_module,
     latent_sites,
     observed_sites,
+    sampled_sites,
     site_log_prob,
     trace_guide,
     trace_programs,
@@ -63,7 +67,7 @@ class STL(Trace_ELBO):
     def _get_trace(
         self, model: StochasticFunction, guide: StochasticFunction, args: tuple, kwargs: dict
     ) -> tuple[Trace, Trace]:
-        module = _find_module(guide)
+        module = _module_of(guide)
         drawn = poutine.trace(guide).get_trace(*args, **kwargs)
         check_guide(drawn)
         _check_parameters(drawn, module)
@@ -84,25 +88,26 @@ class DifferentiableLoss(ELBO):
     def __init__(self, num_particles: int = 1) -> None:
         super().__init__(check_count("num_particles", num_particles))
 
-    def differentiable_loss(self, model: StochasticFunction, guide: StochasticFunction, x: Tensor) -> Tensor:
-        """A 0-d tensor to minimize: nats, the sum over the images x, (B, *E)."""
+    def differentiable_loss(
+        self, model: StochasticFunction, guide: StochasticFunction, x: Tensor, *further: Tensor
+    ) -> Tensor:
+        """A 0-d tensor to minimize: nats, the sum over the images x, (B, *E). ``further`` are as in ``Records``."""
         raise NotImplementedError
 
-    def loss(self, model: StochasticFunction, guide: StochasticFunction, x: Tensor) -> float:
-        """The value of ``differentiable_loss`` for images x, (B, *E)."""
-        return float(torch_item(self.differentiable_loss(model, guide, x)))
+    def loss(self, model: StochasticFunction, guide: StochasticFunction, *args: Tensor) -> float:
+        """The value of ``differentiable_loss`` for images x, (B, *E), and the further arguments of the programs."""
+        return float(torch_item(self.differentiable_loss(model, guide, *args)))
 
-    def loss_and_grads(self, model: StochasticFunction, guide: StochasticFunction, x: Tensor) -> float:
-        """The value for images x, (B, *E); adds the gradient to the parameters'."""
-        loss = self.differentiable_loss(model, guide, x)
+    def loss_and_grads(self, model: StochasticFunction, guide: StochasticFunction, *args: Tensor) -> float:
+        """The value for images x, (B, *E), and the further arguments; adds the gradient to the parameters'."""
+        loss = self.differentiable_loss(model, guide, *args)
         loss.backward()
         return float(torch_item(loss))
 
     def _get_trace(
         self, model: StochasticFunction, guide: StochasticFunction, args: tuple, kwargs: dict
     ) -> tuple[Trace, Trace]:
-        (x,) = args
-        return trace_programs(model, guide, x, self.num_particles)
+        return trace_programs(model, guide, Records(*args), self.num_particles)
 
 
 class IWAE(DifferentiableLoss):
@@ -114,7 +119,8 @@ class IWAE(DifferentiableLoss):
     has one weight for a whole batch, and one particle soon takes all of it; this has one for each image.
 
     A site's density is raised to the power of its scale, so that ``Temper`` gives log p(x | z) + beta (log p(z) -
-    log q(z | x)). The subsampling scale of a plate multiplies the bound instead.
+    log q(z | x)). The subsampling scale of a plate multiplies the bound instead. Enumerated sites are summed as in
+    ``log_weight_terms``: q(y | x) of one in the guide is not in the weight, and gets no gradient.
 
     Raises:
         ValueError: When it is taken: a latent site of the guide is not reparametrized, or as ``log_weight_terms``.
@@ -125,12 +131,16 @@ class IWAE(DifferentiableLoss):
     def __init__(self, num_particles: int) -> None:
         super().__init__(num_particles)
 
-    def differentiable_loss(self, model: StochasticFunction, guide: StochasticFunction, x: Tensor) -> Tensor:
-        """Minus the bound of the images x, (B, *E): a 0-d tensor, nats."""
-        p, q = self._get_trace(model, guide, (x,), {})
+    def differentiable_loss(
+        self, model: StochasticFunction, guide: StochasticFunction, x: Tensor, *further: Tensor
+    ) -> Tensor:
+        """Minus the bound of the images x, (B, *E): a 0-d tensor, nats. ``further`` are as in ``Records``."""
+        p, q = self._get_trace(model, guide, (x, *further), {})
         check_guide(q)
-        shape = (self.num_particles, len(x))
-        return -_plate_scale(p) * log_mean_exp(_log_joint(p, shape) - _log_joint(q, shape)).sum()
+        shape, dims = (self.num_particles, len(x)), enumerated_dims(p)
+        log_q = log_joint(q, sampled_sites(q), shape, dims)
+        log_w = log_ratio(log_joint(p, sites_of_model(p), shape, dims), log_q, dims)
+        return -plate_scale(p) * log_mean_exp(log_w).sum()
 
 
 class DReG(IWAE):
@@ -147,25 +157,31 @@ class DReG(IWAE):
     still depends on the draws of the others.
 
     Raises:
-        ValueError: As ``IWAE``, and for a guide whose parameters cannot be held, as ``STL``.
+        ValueError: As ``IWAE``, for a guide whose parameters cannot be held, as ``STL``, and for one with an enumerated
+            site.
 
     Reference: Tucker et al. 2019, arXiv 1810.04152 (IWAE-DReG); Bauer and Mnih 2021, arXiv 2101.11046 (several sites).
     """
 
-    def differentiable_loss(self, model: StochasticFunction, guide: StochasticFunction, x: Tensor) -> Tensor:
+    def differentiable_loss(
+        self, model: StochasticFunction, guide: StochasticFunction, x: Tensor, *further: Tensor
+    ) -> Tensor:
         """Minus the bound of the images x, (B, *E): a 0-d tensor, nats, as ``IWAE``'s; only the gradient differs."""
-        module, shape = _find_module(guide), (self.num_particles, len(x))
-        drawn = trace_guide(guide, x, self.num_particles)
+        module, shape = _module_of(guide), (self.num_particles, len(x))
+        drawn = trace_guide(guide, Records(x, *further), self.num_particles)
         check_guide(drawn)
+        if enumerated_dims(drawn):
+            raise ValueError("objective: expected EnumeratedELBO for a guide with enumerated sites, got DReG")
         _check_parameters(drawn, module)
         z = {name: drawn.nodes[name]["value"] for name in latent_sites(drawn)}
 
         def negative_bound(fixed: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-            p, q = self._get_trace(model, _UseValues(fixed)(_hold_parameters(module)(guide)), (x,), {})
+            p, q = self._get_trace(model, _UseValues(fixed)(_hold_parameters(module)(guide)), (x, *further), {})
+            dims = enumerated_dims(p)
             with _hold_parameters(module):
-                log_q = _log_joint(q, shape)
-            log_w = _log_joint(p, shape) - log_q
-            return -_plate_scale(p) * log_mean_exp(log_w).sum(), log_w
+                log_q = log_joint(q, sampled_sites(q), shape, dims)
+            log_w = log_ratio(log_joint(p, sites_of_model(p), shape, dims), log_q, dims)
+            return -plate_scale(p) * log_mean_exp(log_w).sum(), log_w
 
         fixed = {name: value.detach() for name, value in z.items()}
         # slopes are -v_s d log w_s / d z_s
@@ -179,11 +195,20 @@ class DReG(IWAE):
         return loss
 
 
-def _log_joint(trace: Trace, shape: tuple[int, int]) -> Tensor:
-    """The sum over sites of log-densities times their exponents, (S, B), nats."""
-    sites = [(name, trace.nodes[name]) for name in [*observed_sites(trace), *latent_sites(trace)]]
-    first, *others = (_exponent(site) * site_log_prob(name, site, shape) for name, site in sites)
-    return sum(others, first)
+def log_joint(trace: Trace, names: Sequence[str], shape: tuple[int, int], dims: Dims) -> list[Tensor]:
+    """The log-densities of sites times their exponents, (*K, S, B) each, nats; ``dims`` as ``enumerated_dims``."""
+    sites = [(name, trace.nodes[name]) for name in names]
+    return [_exponent(site) * site_log_prob(name, site, shape, dims) for name, site in sites]
+
+
+def log_ratio(log_p: Sequence[Tensor], log_q: Sequence[Tensor], dims: Dims) -> Tensor:
+    """log w, (S, B) nats, from the terms of the model and those of the guide's sampled sites."""
+    return sum_out([*log_p, *(-term for term in log_q)], dims)
+
+
+def sites_of_model(p: Trace) -> list[str]:
+    """The names of all sites with a density in a model's trace."""
+    return [*observed_sites(p), *latent_sites(p)]
 
 
 def _exponent(site: dict[str, Any]) -> Tensor | float:
@@ -191,7 +216,7 @@ def _exponent(site: dict[str, Any]) -> Tensor | float:
     return site["scale"] / prod(_subsampling_scale(frame) for frame in site["cond_indep_stack"])
 
 
-def _plate_scale(p: Trace) -> float:
+def plate_scale(p: Trace) -> float:
     """N / B of the images' plate, above 1 if it subsamples."""
     frames = (frame for name in latent_sites(p) for frame in p.nodes[name]["cond_indep_stack"] if frame.dim == -1)
     return _subsampling_scale(next(frames))
@@ -201,14 +226,14 @@ def _subsampling_scale(frame: CondIndepStackFrame) -> float:
     return 1.0 if frame.full_size is None else frame.full_size / frame.size
 
 
-def _find_module(guide: StochasticFunction) -> nn.Module:
+def _module_of(guide: StochasticFunction) -> nn.Module:
     """The module whose parameters the guide uses: itself, or the one whose method it is, within effect handlers."""
-    bare = unwrap(guide)
-    module = bare if isinstance(bare, nn.Module) else getattr(bare, "__self__", None)
-    if not isinstance(module, nn.Module):
+    module = find_module(guide)
+    if module is None:
+        bare = unwrap(guide)
         raise ValueError(
             "guide: expected a module or a method of one, whose parameters can be held, got "
-            f"{getattr(bare, '__name__', type(bare).__name__)}"
+            f"{getattr(bare, '__name__', type(bare).__name__)}; PyroProgram(model, guide, x) is one"
         )
     return module
 
@@ -245,7 +270,7 @@ def _parameters_of_prior_alone(module: nn.Module) -> set[int]:
 def check_guide(q: Trace) -> None:
     """Raise ValueError for a guide with a site that has no density, or whose draws have no gradient."""
     check_densities(q)
-    for name in latent_sites(q):
+    for name in sampled_sites(q):
         fn = q.nodes[name]["fn"]
         if not fn.has_rsample:
             raise ValueError(f"site {name!r}: expected a reparametrized guide, got {type(fn).__name__}")

@@ -21,6 +21,7 @@ from ppl_vae.runtime.capture import is_capturing
 from ppl_vae.runtime.errors import CannotCapture, check_count
 from ppl_vae.runtime.global_state import serialize_threads
 from ppl_vae.runtime.ranks import mean_over_batch
+from ppl_vae.runtime.records import Data, arguments_of, join_arguments
 from ppl_vae.weights import latent_sites
 
 
@@ -44,7 +45,8 @@ class Temper(ScaleMessenger):
 
 
 # A loss is one of Pyro's, or a function (model, guide, x) -> nats, the sum over the images, a 0-d tensor to minimize.
-Loss: TypeAlias = ELBO | Callable[[StochasticFunction, StochasticFunction, Tensor], Tensor]
+# After x it is given the further tensors of ``Records``.
+Loss: TypeAlias = ELBO | Callable[..., Tensor]
 
 
 def elbo(estimator: type[ELBO] = Trace_ELBO, num_particles: int = 1) -> ELBO:
@@ -63,7 +65,7 @@ def elbo(estimator: type[ELBO] = Trace_ELBO, num_particles: int = 1) -> ELBO:
 
 @serialize_threads()
 def loss_per_image(
-    loss: Loss, model: StochasticFunction, guide: StochasticFunction, x: Tensor, *, beta: float | Tensor = 1.0
+    loss: Loss, model: StochasticFunction, guide: StochasticFunction, x: Data, *, beta: float | Tensor = 1.0
 ) -> Tensor:
     """A Pyro loss of the two programs, with the weight beta on their KL, divided by the number of images.
 
@@ -73,7 +75,7 @@ def loss_per_image(
     Args:
         loss: Such as ``elbo()``, ``STL()``, ``IWAE(5)``, ``pyro.infer.Trace_ELBO()``, or a function.
         model, guide: Pyro programs over x with one data plate at dim=-1.
-        x: Images (B, *E).
+        x: Images (B, *E), or ``Records``.
         beta: The weight of the KL, 0 included; a tensor is 0-d.
 
     Returns:
@@ -89,20 +91,20 @@ def loss_per_image(
     return loss_of_batch(loss, Temper(beta)(model), Temper(beta)(guide), x) / len(x)
 
 
-def loss_of_batch(loss: Loss, model: StochasticFunction, guide: StochasticFunction, x: Tensor) -> Tensor:
+def loss_of_batch(loss: Loss, model: StochasticFunction, guide: StochasticFunction, x: Data) -> Tensor:
     """A loss of the images x, (B, *E), in a form that a compiled graph can hold where it is captured: 0-d, nats."""
     if not isinstance(loss, ELBO):
-        return loss(model, guide, x)
+        return loss(model, guide, *arguments_of(x))
     if type(loss) is TraceMeanField_ELBO or (is_capturing() and type(loss) in (Trace_ELBO, STL)):
         return _loss_of_traces(loss, model, guide, x)
     if is_capturing() and not isinstance(loss, DifferentiableLoss):
         raise CannotCapture(
             f"objective: expected Trace_ELBO, TraceMeanField_ELBO or a loss of ppl_vae, got {type(loss).__name__}"
         )
-    return loss.differentiable_loss(model, guide, x)
+    return loss.differentiable_loss(model, guide, *arguments_of(x))
 
 
-def _loss_of_traces(loss: ELBO, model: StochasticFunction, guide: StochasticFunction, x: Tensor) -> Tensor:
+def _loss_of_traces(loss: ELBO, model: StochasticFunction, guide: StochasticFunction, x: Data) -> Tensor:
     """Compute ``loss.differentiable_loss`` from the same two traces, without reading a number of a tensor.
 
     Pyro's losses read a number at every site, which no graph can hold. They also sample a KL that has no formula, and
@@ -110,7 +112,7 @@ def _loss_of_traces(loss: ELBO, model: StochasticFunction, guide: StochasticFunc
     """
     analytic = isinstance(loss, TraceMeanField_ELBO)
     total = torch.zeros((), dtype=x.dtype, device=x.device)
-    for p, q in loss._get_traces(model, guide, (x,), {}):
+    for p, q in loss._get_traces(model, guide, arguments_of(x), {}):
         for name, site in [*p.nodes.items(), *q.nodes.items()]:
             if site["type"] == "param" and is_capturing():
                 raise CannotCapture(f"pyro.param {name!r}: parameters belong to modules")
@@ -154,9 +156,9 @@ def autocast(loss: Loss, dtype: torch.dtype) -> Loss:
     Distributions keep the type of the data (see ``Conditional``). Evaluations never use it.
     """
 
-    def narrowed(model: StochasticFunction, guide: StochasticFunction, x: Tensor) -> Tensor:
+    def narrowed(model: StochasticFunction, guide: StochasticFunction, x: Tensor, *further: Tensor) -> Tensor:
         with torch.autocast(x.device.type, dtype=dtype):
-            return loss_of_batch(loss, model, guide, x)
+            return loss_of_batch(loss, model, guide, join_arguments([x, *further]))
 
     return narrowed
 
@@ -185,9 +187,11 @@ class FreeBits(DifferentiableLoss):
         super().__init__(num_particles)
         self.free_nats = free_nats
 
-    def differentiable_loss(self, model: StochasticFunction, guide: StochasticFunction, x: Tensor) -> Tensor:
+    def differentiable_loss(
+        self, model: StochasticFunction, guide: StochasticFunction, x: Tensor, *further: Tensor
+    ) -> Tensor:
         """The loss of the images x, (B, *E): a 0-d tensor, nats."""
-        p, q = self._get_trace(model, guide, (x,), {})
+        p, q = self._get_trace(model, guide, (x, *further), {})
         check_guide(q)
         latents = latent_sites(p)
         of_model, of_guide = ([name for name in trace.nodes if name in latents] for trace in (p, q))

@@ -23,6 +23,7 @@ from torch.distributions import Distribution
 
 from ppl_vae.runtime import ranks as distributed
 from ppl_vae.runtime.errors import is_out_of_memory
+from ppl_vae.runtime.records import Data, images_of
 
 Result = TypeVar("Result")
 
@@ -64,7 +65,7 @@ def items_per_pass(floats_per_item: int, device_type: str = "cpu", *, bytes_per_
     return max(1, int(PASS_BYTES[device_type] / max(1, floats_per_item * bytes_per_float)))
 
 
-def images_per_pass(x: Tensor, likelihood: object = None, *, extra_floats: int = 0) -> int:
+def images_per_pass(x: Data, likelihood: object = None, *, extra_floats: int = 0) -> int:
     """The number of images, or of pairs of a particle and an image, that one pass through the decoder holds.
 
     Args:
@@ -72,8 +73,9 @@ def images_per_pass(x: Tensor, likelihood: object = None, *, extra_floats: int =
         likelihood: See ``floats_per_pixel``.
         extra_floats: Floats per pixel in addition.
     """
-    floats = (floats_per_pixel(likelihood) + extra_floats) * x[:1].numel()
-    return items_per_pass(floats, x.device.type, bytes_per_float=max(4, x.element_size()))
+    images = images_of(x)
+    floats = (floats_per_pixel(likelihood) + extra_floats) * images[:1].numel()
+    return items_per_pass(floats, x.device.type, bytes_per_float=max(4, images.element_size()))
 
 
 def latents_per_pass(distribution: Distribution, device_type: str = "cpu") -> int:
@@ -82,7 +84,7 @@ def latents_per_pass(distribution: Distribution, device_type: str = "cpu") -> in
 
 
 @torch.no_grad()
-def pairs_per_pass(vae: object, x: Tensor) -> int:
+def pairs_per_pass(vae: object, x: Data) -> int:
     """The number of pairs of a particle and an image x (N, *E) whose log-weights one pass takes.
 
     It follows from the likelihood and the prior of ``vae``; any other program counts as one that holds little.
@@ -102,7 +104,7 @@ def even_divisor(total: int, most: int) -> int:
     return next((size for size in range(most, most // 2, -1) if total % size == 0), most)
 
 
-def images_per_group(x: Tensor, num_particles: int) -> int:
+def images_per_group(x: Data, num_particles: int) -> int:
     """The number of images x (N, *E) whose noise comes from one seed.
 
     It depends on the size of an image, S and the kind of device alone, so that models and processes have equal groups.
@@ -111,7 +113,7 @@ def images_per_group(x: Tensor, num_particles: int) -> int:
     return min(_MAX_IMAGES_PER_GROUP, max(1, pairs // even_divisor(num_particles, pairs)))
 
 
-def evaluation_batch_size(vae: object, x: Tensor, num_particles: int) -> tuple[int, int]:
+def evaluation_batch_size(vae: object, x: Data, num_particles: int) -> tuple[int, int]:
     """The numbers of particles, and of images x (N, *E), that an evaluation of S particles draws at once.
 
     The noise of two models is matched only if these numbers are equal.

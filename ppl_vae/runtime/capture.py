@@ -17,7 +17,7 @@ from typing import Any
 import pyro
 import torch
 from torch import Tensor, fx
-from torch.nn.functional import binary_cross_entropy_with_logits, softplus
+from torch.nn.functional import binary_cross_entropy_with_logits, one_hot, softplus
 from torch.overrides import TorchFunctionMode
 
 from ppl_vae.runtime import _inductor
@@ -151,7 +151,7 @@ _READERS = {
 
 
 class _GraphForm(TorchFunctionMode):
-    """Refuses to read a number, and writes a Bernoulli's log-probability in the form that compiles best.
+    """Refuses to read a number, and writes some functions in a form that a graph can hold, or that compiles best.
 
     -log Bernoulli(x; logits h) = log(1 + e^h) - h x takes one exponential; the library's own form takes two. Without
     gradients the logarithm is split, max(h, 0) + log(1 + e^-|h|), for ``join_logarithms``.
@@ -163,6 +163,9 @@ class _GraphForm(TorchFunctionMode):
         kwargs = kwargs or {}
         if function in _READERS:
             raise CannotCapture(f"it reads a number of a tensor ({function.__name__}), which a graph cannot")
+        if function is one_hot and (len(args) == 2 or kwargs.keys() == {"num_classes"}):
+            values, num_classes = args[0], kwargs.get("num_classes", args[-1])  # its own form reads the largest value
+            return (values[..., None] == torch.arange(num_classes, device=values.device)).long()
         if function is binary_cross_entropy_with_logits and len(args) == 2:
             given = {name: value for name, value in kwargs.items() if value is not None}
             if given == {"reduction": "none"}:

@@ -14,6 +14,7 @@ from ppl_vae.runtime import _inductor
 from ppl_vae.runtime.capture import capturing, compile_function, record_cuda_graph, refuse_new_buffers, replace_tensors
 from ppl_vae.runtime.errors import CannotCapture
 from ppl_vae.runtime.ranks import BatchShare, batch_share, num_ranks, sum_over_ranks
+from ppl_vae.runtime.records import Data, arguments_of, join_arguments
 
 # A first moment below this moves no weight (it is divided by at least 1e-8, and added to a weight), but on its way down
 # it becomes denormal, and arithmetic with denormal numbers is many times slower.
@@ -37,7 +38,7 @@ class CapturedStep:
         loss: (x, beta) -> a 0-d tensor, by way of the module's parameters and buffers.
         module: What is trained.
         optimizer: Adam or AdamW over the module's parameters, whose moments are used; see ``optimizer_obstacle``.
-        stored: (N, *E) the data, on the module's device.
+        stored: (N, *E) the data, or ``Records``, on the module's device.
         transform: (B, *E) stored images -> x.
         batch_size: B, of all ranks together.
         clip_norm: The largest global norm of the gradient.
@@ -60,11 +61,11 @@ class CapturedStep:
 
     def __init__(
         self,
-        loss: Callable[[Tensor, Tensor], Tensor],
+        loss: Callable[[Any, Tensor], Tensor],
         module: Any,
         optimizer: torch.optim.Optimizer,
-        stored: Tensor,
-        transform: Callable[[Tensor], Tensor],
+        stored: Data,
+        transform: Callable[[Any], Data],
         *,
         batch_size: int,
         clip_norm: float,
@@ -90,7 +91,7 @@ class CapturedStep:
             "weights": {name: w.detach() for name, w in trained.items()},  # views of the vector
             "vectors": vectors,
             "buffers": dict(module.named_buffers()) | frozen,
-            "stored": stored,
+            "stored": arguments_of(stored),
             "scalars": self._scalars,
         }
         self._state |= {name: getattr(self, name) for name in ("total", "counted", "skipped", "is_finite", "taken")}
@@ -111,7 +112,7 @@ class CapturedStep:
         run, inputs = compile_function(part, self._inputs), self._inputs
         if self._index.device.type != "cuda":
             return lambda: run(inputs)
-        changing = [tensor for tensor in inputs if tensor is not self._state["stored"]]
+        changing = [tensor for tensor in inputs if not any(tensor is stored for stored in self._state["stored"])]
         return record_cuda_graph(lambda: run(inputs), changing)
 
     def __call__(self, index: Tensor, scalars: Tensor) -> None:
@@ -181,7 +182,7 @@ class CapturedStep:
     def _gradient(self, s: dict[str, Any], index: Tensor) -> tuple[Tensor, Tensor]:
         """The gradient as one vector, and the loss, on the images of that index."""
         beta = s["scalars"][0]
-        x = self._transform(s["stored"][index])
+        x = self._transform(join_arguments([stored[index] for stored in s["stored"]]))
 
         def loss_of(weights: dict[str, Tensor]) -> Tensor:
             with replace_tensors(self._module, weights | s["buffers"]), refuse_new_buffers(self._module):

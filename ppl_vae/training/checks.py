@@ -11,29 +11,37 @@ import numpy as np
 import pyro
 import torch
 from pyro import poutine
+from pyro.infer import ELBO, TraceEnum_ELBO
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from ppl_vae import objectives
 from ppl_vae.data import from_dataset
+from ppl_vae.enumeration import enumerated_dims
+from ppl_vae.objectives.importance import sites_of_model
 from ppl_vae.protocols import Program
 from ppl_vae.runtime.errors import NotFinite
-from ppl_vae.runtime.global_state import seeded
+from ppl_vae.runtime.global_state import evaluation_mode, seeded
 from ppl_vae.runtime.ranks import gather_objects, num_ranks
+from ppl_vae.runtime.records import Data, Records, arguments_of, images_of
 from ppl_vae.support import CHECKED_AT_ONCE, check_site, describe_type, find_image_sites
 from ppl_vae.training.state import TrainingState
 from ppl_vae.vae import NO_AUTOGUIDE
-from ppl_vae.weights import latent_sites
+from ppl_vae.weights import check_plates, latent_sites, trace_programs
 
 # --- Arguments of fit ---
 
 
-def images_tensor(name: str, x: Any) -> Tensor:
+def images_tensor(name: str, x: Any) -> Data:
     """Return images as one tensor (N, *E); a NumPy array is not copied if that is possible.
 
-    An array of the other byte order, as FITS and IDX files have it, is converted. A ``Dataset`` or ``DataLoader`` is
-    read as ``data.from_dataset`` does. Anything else raises ValueError, such as a list or an array with masked values.
+    ``Records`` are returned as they are. An array of the other byte order, as FITS and IDX files have it, is converted.
+    A ``Dataset`` or ``DataLoader`` is read as ``data.from_dataset`` does. Anything else raises ValueError, such as a
+    list or an array with masked values.
     """
+    if isinstance(x, Records):
+        return x
     if isinstance(x, Dataset | DataLoader):
         x = from_dataset(x)
     check_no_mask(name, x)
@@ -84,6 +92,37 @@ def check_program(program: Program) -> None:
         raise ValueError(f"program: expected weights that can be trained, got {got}")
 
 
+def check_sites_and_parameters(
+    program: Program, objective: objectives.Loss | None, transform: Callable[..., Data], x: Data
+) -> objectives.Loss:
+    """Refuse sites and parameters that ``fit`` cannot train, with a ValueError; return the objective, None the ELBO.
+
+    The programs run once, on the images x, (B, *E), as stored; nothing is changed, and no random numbers are consumed.
+    """
+    with seeded(0, x.device), torch.no_grad(), pyro.validation_enabled(False), evaluation_mode(program):
+        p, q = trace_programs(program.model, program.guide, transform(x, None), 1)
+    own = {id(w) for w in program.parameters()}
+    for trace in (q, p):
+        for name in trace.param_nodes:
+            if id(trace.nodes[name]["value"]) not in own:
+                raise ValueError(
+                    f"pyro.param {name!r}: expected a parameter of the program's modules, got one of Pyro's global "
+                    "store; fit trains it in PyroProgram(model, guide, x)"
+                )
+        for name in sites_of_model(trace):
+            check_plates(name, trace.nodes[name], len(x))
+    dims = enumerated_dims(p)
+    if objective is None:
+        return objectives.EnumeratedELBO() if dims else objectives.elbo()
+    sums = (objectives.EnumeratedELBO, objectives.IWAE, TraceEnum_ELBO)
+    if dims and isinstance(objective, ELBO) and not isinstance(objective, sums):
+        raise ValueError(
+            f"objective: expected one that sums over enumerated sites ({', '.join(loss.__name__ for loss in sums)}), "
+            f"got {type(objective).__name__}"
+        )
+    return objective
+
+
 def _find_autoguide(program: Program) -> AutoGuide | None:
     """Find a guide from pyro.infer.autoguide that is the program's guide, or that one of its modules holds.
 
@@ -98,7 +137,7 @@ def _find_autoguide(program: Program) -> AutoGuide | None:
 
 
 def check_batch_of_one(
-    program: Program, objective: Callable[..., Tensor], transform: Callable[..., Tensor], x: Tensor
+    program: Program, objective: Callable[..., Tensor], transform: Callable[..., Data], x: Data
 ) -> None:
     """Refuse a batch of one image if batch normalization needs a variance over the batch.
 
@@ -161,7 +200,7 @@ def _sha256(tensors: Iterable[Tensor]) -> str:
     return digest.hexdigest()
 
 
-def check_images(state: TrainingState, train: Tensor, transform: Callable[..., Tensor], *, batch_size: int) -> None:
+def check_images(state: TrainingState, train: Data, transform: Callable[..., Data], *, batch_size: int) -> None:
     """Check the training images (N, *E) as Pyro's validation would, without running the networks on all of them.
 
     The program runs once, with validation; then every image is compared with the support of the sites that observe it.
@@ -183,16 +222,16 @@ def check_images(state: TrainingState, train: Tensor, transform: Callable[..., T
             raise NotFinite(f"step {state.step}: {fault}") from None
         finally:
             program.train()
-        sites = find_image_sites(p, x)
+        sites = find_image_sites(p, images_of(x))
         for part in train.split(CHECKED_AT_ONCE):
-            x = transform(part.to(state.device), None)
+            x = images_of(transform(part.to(state.device), None))
             if sites and not x.isfinite().all():
                 raise NotFinite(f"step {state.step}: site 'x': the training images hold values that are not finite")
             for observed in sites:
                 check_site(observed, x)
 
 
-def find_not_finite(state: TrainingState, objective: Callable[..., Tensor], x: Tensor, beta: float) -> str:
+def find_not_finite(state: TrainingState, objective: Callable[..., Tensor], x: Data, beta: float) -> str:
     """Repeat a failed step on x (B, *E), with other noise and without its update, and say what is not finite."""
     program = state.program
     program.zero_grad()
@@ -215,9 +254,9 @@ def find_gradients_not_finite(program: Program) -> list[str]:
     return [name for name, w in program.named_parameters() if w.grad is not None and not w.grad.isfinite().all()]
 
 
-def find_site_not_finite(program: Program, x: Tensor) -> str | None:
+def find_site_not_finite(program: Program, x: Data) -> str | None:
     """Run model and guide on x (B, *E) again, and describe the first site with a number that is not finite."""
-    if not x.isfinite().all():
+    if not images_of(x).isfinite().all():
         return "site 'x': the images of this batch hold values that are not finite"
     with torch.no_grad(), pyro.validation_enabled(False):
         q, p = _trace(program, x)
@@ -231,7 +270,7 @@ def find_site_not_finite(program: Program, x: Tensor) -> str | None:
     return None
 
 
-def _trace(program: Program, x: Tensor) -> tuple[poutine.Trace, poutine.Trace]:
+def _trace(program: Program, x: Data) -> tuple[poutine.Trace, poutine.Trace]:
     """The guide's trace on x (B, *E), and the model's on the same draws."""
-    q = poutine.trace(program.guide).get_trace(x)
-    return q, poutine.trace(poutine.replay(program.model, trace=q)).get_trace(x)
+    q = poutine.trace(program.guide).get_trace(*arguments_of(x))
+    return q, poutine.trace(poutine.replay(program.model, trace=q)).get_trace(*arguments_of(x))

@@ -25,11 +25,13 @@ from ppl_vae.runtime.errors import CannotCapture, check_count
 from ppl_vae.runtime.global_state import serialize_threads
 from ppl_vae.runtime.noise import SharedNoise
 from ppl_vae.runtime.ranks import BatchShare, agree, gather_objects, gather_rows, is_writer, num_ranks
+from ppl_vae.runtime.records import Data, Records, map_images
 from ppl_vae.training.checks import (
     check_batch_of_one,
     check_images,
     check_program,
     check_ranks,
+    check_sites_and_parameters,
     check_skipped,
     images_tensor,
 )
@@ -52,7 +54,7 @@ class TrainingStopped(Exception):
 @torch.enable_grad()  # whatever block a caller is in, such as torch.no_grad()
 def fit(
     program: Program,
-    data: Tensor | np.ndarray | Dataset[Any] | DataLoader[Any],
+    data: Tensor | np.ndarray | Dataset[Any] | DataLoader[Any] | Records,
     *,
     epochs: int,
     objective: objectives.Loss | None = None,
@@ -84,12 +86,14 @@ def fit(
 
     Args:
         program: What is trained, such as a ``VAE``, on its device.
-        data: (N, *E) training images as stored: a tensor, an array or a ``Dataset``. They are copied to the program's
-            device, except with ``stream``. A program whose weights are all float64 sees the images as float64.
+        data: (N, *E) training images as stored: a tensor, an array, a ``Dataset``, or ``Records``, whose further
+            tensors follow x in the programs' arguments. They are copied to the program's device, except with
+            ``stream``. A program whose weights are all float64 sees the images as float64.
         epochs: Passes through the data.
         objective: A Pyro loss, such as ``objectives.STL()`` or ``pyro.infer.Trace_ELBO()``, or a function
-            (model, guide, x) -> nats, the sum over the images x. None is ``objectives.elbo()``. The programs that it
-            gets have ``Temper`` around them, and its gradient is divided by the number of images.
+            (model, guide, x) -> nats, the sum over the images x. None is ``objectives.elbo()``, or for a program with
+            enumerated sites ``objectives.EnumeratedELBO()``. The programs that it gets have ``Temper`` around them, and
+            its gradient is divided by the number of images.
         transform: (stored images, generator) -> images as the model sees them, at every access; the generator is None
             for torch's global one.
         optimizer, schedule, validation, callbacks: See these classes.
@@ -125,6 +129,7 @@ def fit(
     some = next(program.parameters())
     if all(w.dtype == torch.double for w in program.parameters()):
         transform = _in_double_precision(transform)
+    see = partial(_transform_images, transform)
     if validation.images is not None:
         validation = replace(validation, images=images_tensor("validation", validation.images).to(some))
     torch_optimizer = optimizer.factory(program.parameters(), lr=optimizer.learning_rate)
@@ -137,15 +142,16 @@ def fit(
     if obstacle is not None:
         warnings.warn(f"Falling back to eager training: {obstacle}", stacklevel=3)
         compile = False
-    loss = partial(objectives.loss_per_image, objectives.elbo() if objective is None else objective)
-    loop = _Loop(state, source, loss, transform, optimizer, schedule, validation, callbacks, epochs, len(train))
+    first = source.images(torch.arange(min(2, len(train)), device=some.device))
+    loss = partial(objectives.loss_per_image, check_sites_and_parameters(program, objective, see, first))
+    loop = _Loop(state, source, loss, see, optimizer, schedule, validation, callbacks, epochs, len(train))
     program.train()
     if len(train) % schedule.batch_size == 1 or schedule.batch_size == 1:  # the last batch is a single image
         one = source.images(torch.zeros(1, dtype=torch.long, device=some.device))
-        check_batch_of_one(program, loss, transform, one)
+        check_batch_of_one(program, loss, see, one)
     if (compile or loop.must_skip or loop.several) and state.step < loop.total_steps:
         check_ranks(state)
-        check_images(state, train, transform, batch_size=schedule.batch_size)
+        check_images(state, train, see, batch_size=schedule.batch_size)
     loop.start(compile=bool(compile), batch_size=batch_size)
     if validation.keep_start and saved is None and validation.images is not None:
         validate(state, validation, check=True)
@@ -166,7 +172,7 @@ class _Loop:
     state: TrainingState
     source: Resident | Streamed
     objective: Callable[..., Tensor]
-    transform: Callable[..., Tensor]
+    transform: Callable[..., Data]
     optimizer: Optimizer
     schedule: Schedule
     validation: Validation
@@ -181,7 +187,8 @@ class _Loop:
         self.first_epoch = self.state.step // self.steps_per_epoch
         self.started = self.last_checkpoint = time.monotonic()
         self.earlier_seconds = self.state.seconds
-        self.refits = hasattr(getattr(getattr(self.state.program, "likelihood", None), "family", None), "refit")
+        family = getattr(getattr(self.state.program, "likelihood", None), "family", None)
+        self.refits = hasattr(family, "refit") and isinstance(self.source.stored, Tensor)
 
     def start(self, *, compile: bool, batch_size: int) -> None:
         """Prepare the steps; with several ranks, all raise CannotCapture if one of them cannot compile."""
@@ -281,7 +288,7 @@ _REFIT_STEPS = 10
 
 
 @torch.no_grad()
-def _refit(program: Any, transform: Callable[..., Tensor], stored: Tensor, noise: SharedNoise) -> None:
+def _refit(program: Any, transform: Callable[..., Any], stored: Data, noise: SharedNoise) -> None:
     """Give the likelihood's family a batch to fit in closed form: x, and the features of z ~ q(z | x).
 
     Every rank gives it the whole batch.
@@ -303,6 +310,11 @@ def _gather_batch(values: Tensor, share: BatchShare | None) -> Tensor:
     own = slice(0, share.size if share.weight else 0)  # none of a rank whose only image has weight 0
     rows = torch.arange(share.start, share.stop, device=values.device)
     return gather_rows(values[own], share.num_images, rows[own])
+
+
+def _transform_images(transform: Callable[..., Tensor], stored: Data, generator: torch.Generator | None) -> Data:
+    """The stored images as the model sees them, with their further tensors as they are."""
+    return map_images(lambda values: transform(values, generator), stored)
 
 
 def _in_double_precision(transform: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -10,13 +10,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.evaluation import evaluate, reconstruction
 from ppl_vae.protocols import Program
 from ppl_vae.runtime.errors import NotFinite, check_count
 from ppl_vae.runtime.global_state import evaluation_mode, seeded
+from ppl_vae.runtime.records import Data
 from ppl_vae.training.state import TrainingState
 from ppl_vae.weights import is_autoencoder
 
@@ -131,14 +131,14 @@ class Validation:
     """How the weights that are kept are chosen, after each epoch.
 
     Args:
-        images: (M, *E) as the model sees them; None keeps the last weights.
+        images: (M, *E) as the model sees them, or ``Records``; None keeps the last weights.
         num_particles: S of the bound L_S that chooses the weights; 1 is the ELBO. An importance-weighted objective
             raises L_S and lowers the ELBO, by which the weights of the first epoch would be kept.
         keep_last: Whether the last weights are kept, whatever their validation.
         keep_start: Whether the initial weights take part in the choice; useful if they were trained before.
     """
 
-    images: Tensor | None = None
+    images: Data | None = None
     num_particles: int = 1
     keep_last: bool = False
     keep_start: bool = False
@@ -199,7 +199,7 @@ def validate(state: TrainingState, validation: Validation, *, check: bool) -> di
     return record
 
 
-def _measure(program: Program, x: Tensor, S: int, *, check: bool) -> tuple[dict[str, float], str, float]:
+def _measure(program: Program, x: Data, S: int, *, check: bool) -> tuple[dict[str, float], str, float]:
     """The record of images x (M, *E), and the name and value of the number that chooses the weights."""
     with seeded(VALIDATION_SEED, x.device), torch.no_grad(), evaluation_mode(program):
         has_no_density = is_autoencoder(program.guide, x)

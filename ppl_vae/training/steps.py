@@ -20,6 +20,7 @@ from ppl_vae.runtime.captured_step import CapturedStep, adam_moments
 from ppl_vae.runtime.errors import NotFinite
 from ppl_vae.runtime.noise import SharedNoise
 from ppl_vae.runtime.ranks import BatchShare, batch_share, gather_objects, num_ranks, sum_over_ranks, use_share
+from ppl_vae.runtime.records import Data
 from ppl_vae.training.checks import find_gradients_not_finite, find_not_finite, find_site_not_finite
 from ppl_vae.training.settings import Optimizer, StepValues
 from ppl_vae.training.state import TrainingState
@@ -50,7 +51,7 @@ class _Steps(ABC):
         state: TrainingState,
         objective: Callable[..., Tensor],
         source: Resident | Streamed,
-        transform: Callable[..., Tensor],
+        transform: Callable[..., Data],
         *,
         optimizer: Optimizer,
     ) -> None:
@@ -64,11 +65,11 @@ class _Steps(ABC):
     @abstractmethod
     def _take(self, place: Tensor, batch: Tensor, share: BatchShare, values: StepValues, *, validate: bool) -> None: ...
 
-    def _transform_part(self, values: Tensor) -> Tensor:
+    def _transform_part(self, values: Data) -> Data:
         with self.noise.along(0):
             return self._transform(values, None)
 
-    def _loss_of_part(self, x: Tensor, beta: float | Tensor) -> Tensor:
+    def _loss_of_part(self, x: Data, beta: float | Tensor) -> Tensor:
         program = self._state.program
         if not self._several:
             return self._objective(program.model, program.guide, x, beta=beta)
@@ -125,7 +126,7 @@ class EagerSteps(_Steps):
         state.epoch_loss += loss * share.num_images
         state.epoch_images += share.num_images
 
-    def _step(self, x: Tensor, beta: float, share: BatchShare, *, validate: bool) -> float | None:
+    def _step(self, x: Data, beta: float, share: BatchShare, *, validate: bool) -> float | None:
         """One step; return the loss before it, nats per image, or None if the step was skipped."""
         state, program, optimizer = self._state, self._state.program, self._state.optimizer
         with pyro.validation_enabled(validate):
@@ -199,7 +200,7 @@ class CapturedSteps(_Steps):
         state: TrainingState,
         objective: Callable[..., Tensor],
         source: Resident | Streamed,
-        transform: Callable[..., Tensor],
+        transform: Callable[..., Data],
         *,
         optimizer: Optimizer,
         batch_size: int,

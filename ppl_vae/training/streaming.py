@@ -11,17 +11,18 @@ import torch
 from torch import Tensor
 
 from ppl_vae.data.storage import get_available_memory, is_mapped
+from ppl_vae.runtime.records import Data, arguments_of, join_arguments
 
 Places = Generator[Tensor, None, None]
 
 
 class Resident:
-    """All images on the device; ``stored`` is (N, *E)."""
+    """All images on the device; ``stored`` is (N, *E), or ``Records``."""
 
-    def __init__(self, train: Tensor, device: torch.device) -> None:
+    def __init__(self, train: Data, device: torch.device) -> None:
         self.stored = train.to(device)
 
-    def images(self, index: Tensor) -> Tensor:
+    def images(self, index: Tensor) -> Data:
         """The images at these places of the data set, (B,) -> (B, *E) on the device."""
         return self.stored[index]
 
@@ -38,24 +39,25 @@ class Streamed:
     raised where the images are used.
 
     Args:
-        train: (N, *E) in ordinary memory, or a mapped file.
+        train: (N, *E) in ordinary memory, or a mapped file; or ``Records`` of such tensors.
         device: The device of ``stored``.
         batch_size: The largest number of images in a batch.
 
     Attributes:
-        stored: (batch_size, *E), the images of the present step.
+        stored: (batch_size, *E), the images of the present step; or ``Records``.
     """
 
-    def __init__(self, train: Tensor, device: torch.device, batch_size: int) -> None:
+    def __init__(self, train: Data, device: torch.device, batch_size: int) -> None:
         if train.device.type != "cpu":
             raise ValueError(f"train: expected images in the host's memory to stream from, got {train.device}")
-        self._train = train
-        self.stored = torch.empty((batch_size, *train.shape[1:]), dtype=train.dtype, device=device)
+        self._train = arguments_of(train)
+        self._stored = [torch.empty((batch_size, *t.shape[1:]), dtype=t.dtype, device=device) for t in self._train]
+        self.stored = join_arguments(self._stored)
         self._places = torch.arange(batch_size, device=device)
 
-    def images(self, index: Tensor) -> Tensor:
+    def images(self, index: Tensor) -> Data:
         """As ``Resident``: (B,) -> (B, *E) on the device."""
-        return self._train[index.cpu()].to(self.stored.device)
+        return join_arguments([tensor[index.cpu()].to(self.stored.device) for tensor in self._train])
 
     def epoch(self, batches: Sequence[Tensor]) -> Places:
         """As ``Resident``, (B,) int64; closing it ends the thread, whose errors it raises."""
@@ -63,22 +65,26 @@ class Streamed:
         with ThreadPoolExecutor(1, "streamed images") as pool:
             following = [pool.submit(self._gather, index) for index in batches[:1]]
             for index, after in zip_longest(batches, batches[1:]):
-                images = following.pop().result()
+                gathered = following.pop().result()
                 if after is not None:
                     following.append(pool.submit(self._gather, after))
-                self.stored[: len(index)].copy_(images, non_blocking=True)
+                for stored, rows in zip(self._stored, gathered, strict=True):
+                    stored[: len(index)].copy_(rows, non_blocking=True)
                 yield self._places[: len(index)]
 
-    def _gather(self, index: Tensor) -> Tensor:
-        """train[index], without torch's threads, which the steps use; in pinned memory for a GPU."""
-        images = torch.empty((len(index), *self._train.shape[1:]), dtype=self._train.dtype)
-        if self._train.is_contiguous():
-            # As bytes, since numpy lacks some of torch's types. Without mode="clip" numpy would allocate a buffer.
-            rows, target = (x.flatten(1).view(torch.uint8).numpy() for x in (self._train, images))
-            np.take(rows, index.numpy(), axis=0, out=target, mode="clip")
-        else:
-            torch.index_select(self._train, 0, index, out=images)
-        return images.pin_memory() if self.stored.is_cuda else images
+    def _gather(self, index: Tensor) -> list[Tensor]:
+        """The rows train[index], without torch's threads, which the steps use; in pinned memory for a GPU."""
+        gathered = []
+        for train in self._train:
+            images = torch.empty((len(index), *train.shape[1:]), dtype=train.dtype)
+            if train.is_contiguous():
+                # As bytes, since numpy lacks some of torch's types. Without mode="clip" numpy would allocate a buffer.
+                rows, target = (x.reshape(len(x), -1).view(torch.uint8).numpy() for x in (train, images))
+                np.take(rows, index.numpy(), axis=0, out=target, mode="clip")
+            else:
+                torch.index_select(train, 0, index, out=images)
+            gathered.append(images.pin_memory() if self._places.is_cuda else images)
+        return gathered
 
 
 def exceeds_memory(train: Tensor, device: torch.device) -> bool:

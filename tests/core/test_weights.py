@@ -180,7 +180,7 @@ def test_pixels_that_are_not_in_the_event_are_refused(oracle):
         with pyro.plate("images", len(x), dim=-1):
             pyro.sample("z", dist.Normal(0.0, 1.0))
 
-    with pytest.raises(ValueError, match=r"site 'x': .*\(3, 4\), got \(6, 3, 4\)"):
+    with pytest.raises(ValueError, match=r"site 'x': expected the images' plate alone, got the plate 'pixels' too"):
         log_weights(model, guide, x, 3)
 
 

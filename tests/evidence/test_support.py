@@ -36,6 +36,7 @@ def _binary(num_images=4):
 def test_every_public_function_of_a_vae_is_in_one_of_the_two_lists():
     """A new one is then held against the tests that go through them."""
     listed = {name.rsplit(".", 1)[-1] for name in [*SCORES, *OTHERS]} | {
+        "count_branches",
         "evaluating",
         "measure_group",
     }

@@ -68,11 +68,11 @@ def test_every_batch_is_there_when_its_turn_comes(dtype: torch.dtype) -> None:
 def test_what_goes_wrong_in_the_thread_is_raised_in_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
-    def fail(source: Streamed, index: Tensor) -> Tensor:
+    def fail(source: Streamed, index: Tensor) -> list[Tensor]:
         calls.append(1)
         if len(calls) == 3:
             raise OSError(5, "Input/output error")
-        return source.images(index)
+        return [source.images(index)]
 
     monkeypatch.setattr(Streamed, "_gather", fail)
     rows = Streamed(numbered(100, 2), CPU, 10).epoch(torch.arange(100).split(10))

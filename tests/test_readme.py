@@ -34,8 +34,12 @@ WRITTEN = re.findall(r"python (scripts/\w+\.py)((?: [^\s`|#\]]+)*)", ALL)
 
 
 def python_of(page: str) -> list[str]:
-    """The page's blocks of Python, without those that only show a class."""
+    """The page's blocks of Python, without those that only show a class.
+
+    Nor those of trackers, which ``training/test_trackers.py`` runs where they are installed.
+    """
     blocks = re.findall(r"```python\n(.*?)```", PAGES[page], re.S)
+    blocks = [block for block in blocks if not re.search(r"^import (wandb|mlflow)", block, re.M)]
     return [block for block in blocks if re.search(r"^(import|from) ", block, re.M)]
 
 

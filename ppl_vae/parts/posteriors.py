@@ -14,6 +14,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, MultivariateNormal, Normal, constraints, register_kl
+from torch.nn.functional import softplus
 
 from ppl_vae.parts.flows import SPLINE_BINS, Autoregressive, affine, spline
 from ppl_vae.runtime.errors import Widths, check_count
@@ -38,6 +39,21 @@ def exponential_log_scale(h: Tensor) -> Tensor:
     Reference: Kingma and Welling 2014, arXiv 1312.6114, appendix C.2 (there h = log sigma^2).
     """
     return h
+
+
+_SOFTPLUS_OFFSET = math.log(math.e - 1)  # softplus of it is 1, so that h = 0 gives the prior's scale
+# Its square is a normal float32. A KL takes the square, and that of softplus(-55) is 0, which makes the KL infinite.
+_LEAST_SOFTPLUS = 1.1e-19
+
+
+def softplus_log_scale(h: Tensor) -> Tensor:
+    """log sigma = log softplus(h + log(e - 1)): linear where exp overflows, exp where scales are small.
+
+    In the shape of h. Slope in log sigma at h = 0: 1 - 1/e. Below h = -44 sigma stays at 1.1e-19, with no gradient.
+
+    Source: common practice; the offset is ours, so that h = 0 gives sigma = 1 as the other maps do.
+    """
+    return softplus(h + _SOFTPLUS_OFFSET).clamp(min=_LEAST_SOFTPLUS).log()
 
 
 class DiagonalNormal(nn.Module):

@@ -98,6 +98,11 @@ COUPLINGS = {
     "affine": _part("parts.flows:affine_coupling", "scale and shift"),
     "spline": _part("parts.flows:spline_coupling", "rational-quadratic splines"),
 }
+SCALE_MAPS = {
+    "bounded": _part("parts.posteriors:bounded_log_scale", "exp(7 tanh(h / 7))"),
+    "exp": _part("parts.posteriors:exponential_log_scale", "exp(h)"),
+    "softplus": _part("parts.posteriors:softplus_log_scale", "log(1 + (e - 1) exp(h))"),
+}
 POSTERIOR_FLOWS = {
     "iaf": _part("parts.posteriors:inverse_autoregressive_flow", "inverse autoregressive"),
     "spline": _part("parts.posteriors:spline_flow", "coupled splines"),
@@ -114,9 +119,9 @@ PRIORS = {
 
 _LAYERS = {"posterior_flow": "flow", "posterior_layers": "num_layers", "posterior_hidden": "hidden"}
 POSTERIORS = {
-    "diagonal": _posterior("DiagonalNormal", "independent normals"),
-    "full": _posterior("FullNormal", "a normal with full covariance"),
-    "flow": _posterior("flow_posterior", "a normal followed by a flow", **_LAYERS),
+    "diagonal": _posterior("DiagonalNormal", "independent normals", scale_map="log_scale"),
+    "full": _posterior("FullNormal", "a normal with full covariance", scale_map="log_scale"),
+    "flow": _posterior("flow_posterior", "a normal followed by a flow", **_LAYERS, scale_map="log_scale"),
     "delta": _posterior("Delta", "one point: a plain autoencoder, with --beta 0"),
 }
 
@@ -131,11 +136,17 @@ OBJECTIVES = {
     "dreg": _objective("DReG", "the same, doubly reparametrized gradients"),
     "stl": _objective("STL", "the ELBO, gradients without the guide's score"),
 }
+SCHEDULES = {
+    "cosine": _part("training.settings:cosine", "flat, then to 0 on a cosine", decay_start="start"),
+    "stages": _part("training.settings:stages", "the eight stages of Burda et al. 2016"),
+}
+
 # Options whose value is itself a word of a table.
 WORDS: dict[str, Mapping[str, Part]] = {
     "kl": KLS,
     "posterior_flow": POSTERIOR_FLOWS,
     "prior_flow": COUPLINGS,
+    "scale_map": SCALE_MAPS,
 }
 
 # Options that choose a part, each with its table.
@@ -145,6 +156,7 @@ TABLES: dict[str, Mapping[str, Part]] = {
     "objective": OBJECTIVES,
     "posterior": POSTERIORS,
     "prior": PRIORS,
+    "schedule": SCHEDULES,
 }
 
 

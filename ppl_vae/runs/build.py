@@ -126,7 +126,7 @@ def build_likelihood(options: Options, event_shape: Sequence[int]) -> Likelihood
 
 def check_parts(options: Options) -> None:
     """Raises ValueError for an option of a part that was not chosen, and for parts at odds. The parts are resolved."""
-    for choice in ("prior", "posterior", "objective"):
+    for choice in ("prior", "posterior", "objective", "schedule"):
         _check_owners(options, choice)
     if is_autoencoder(options) and options.prior != "standard-normal":
         raise ValueError(

@@ -219,6 +219,7 @@ class Options(CheckedOptions):
     posterior_hidden: tuple[int, ...] = _rare(
         (256,), "widths of the hidden layers of each layer of the flow posterior", WIDTH, "model"
     )
+    scale_map: str = _rare("bounded", "from the encoder's output h to the guide's scale", parts.SCALE_MAPS, "model")
     upper_latents: tuple[int, ...] | None = _rare(
         None, "dimensions of further latent layers above z, from the bottom to the top", WIDTH, "model"
     )
@@ -256,6 +257,7 @@ class Options(CheckedOptions):
     epochs: int = option(50, "passes through the training images", POSITIVE_INTEGER, "optimization")
     batch_size: int = option(100, "images per step", POSITIVE_INTEGER, "optimization")
     learning_rate: float = option(2e-3, "Adam's learning rate at the start", POSITIVE, "optimization")
+    schedule: str = _rare("cosine", "how the learning rate falls", parts.SCHEDULES, "optimization")
     decay_start: float = _rare(0.5, "fraction of the steps before the cosine begins", BELOW_ONE, "optimization")
     initialization: str = _rare(
         "wide",

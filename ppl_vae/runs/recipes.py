@@ -126,6 +126,7 @@ _COMMON = Options(
     initialization="wide",
     batch_size=100,
     learning_rate=2e-3,
+    schedule="cosine",
     decay_start=0.5,
     warmup_epochs=20,
     average_decay=0.9998,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ppl_vae import data, objectives
 from ppl_vae.parts import likelihoods, networks, priors
-from ppl_vae.parts.registry import OBJECTIVES
+from ppl_vae.parts.registry import OBJECTIVES, SCHEDULES
 from ppl_vae.protocols import Likelihood
 from ppl_vae.runs.build import build_likelihood, check_parts, is_autoencoder, resolve_parts
 from ppl_vae.runs.files import JsonObject
@@ -22,7 +22,7 @@ from ppl_vae.runs.options import Options, compiling_pays, default_objective
 from ppl_vae.runtime import capture
 from ppl_vae.runtime.global_state import serialize_threads
 from ppl_vae.training import Optimizer, Schedule, Validation
-from ppl_vae.training.settings import cosine, default_warmup
+from ppl_vae.training.settings import default_warmup
 from ppl_vae.vae import VAE
 
 
@@ -60,6 +60,7 @@ def check_objective(options: Options) -> None:
 
 def fit_arguments(options: Options, validation: Tensor | None) -> JsonObject:
     """The arguments of ``fit`` that the (resolved) options name. validation: (M, *E) images as evaluated, or None."""
+    rate = SCHEDULES[options.schedule]
     return {
         "epochs": options.epochs,
         "objective": build_objective(options),
@@ -72,7 +73,7 @@ def fit_arguments(options: Options, validation: Tensor | None) -> JsonObject:
         "schedule": Schedule(
             batch_size=options.batch_size,
             seed=options.seed,
-            rate=partial(cosine, start=options.decay_start),
+            rate=partial(rate.load(), **rate.arguments(options)),
             beta=options.beta,
             warmup_epochs=options.warmup_epochs or 0,
         ),

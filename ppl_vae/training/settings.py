@@ -22,6 +22,8 @@ from ppl_vae.weights import is_autoencoder
 
 # --- Functions of the step ---
 
+NUM_STAGES = 8
+
 
 def warmup(step: int, *, beta: float, warmup_steps: int) -> float:
     """beta min(1, step / warmup_steps): from 0 at the first step, linearly."""
@@ -44,6 +46,16 @@ def cosine(step: int, *, learning_rate: float, total_steps: int, start: float = 
     """
     t = max(0.0, step / total_steps - start) / (1 - start)
     return learning_rate * (1 + math.cos(math.pi * t)) / 2
+
+
+def stages(step: int, *, learning_rate: float, total_steps: int) -> float:
+    """learning_rate 10^(-i/7) in stage i = 0..7, which has 3^i of 3,280 parts of the steps.
+
+    Reference: Burda et al. 2016, arXiv 1509.00519, section 5 (there a part is one epoch, learning_rate 0.001).
+    """
+    ends = (total_steps * (3 ** (i + 1) - 1) / (3**NUM_STAGES - 1) for i in range(NUM_STAGES))
+    stage = next((i for i, end in enumerate(ends) if step < end), NUM_STAGES - 1)
+    return learning_rate * 10 ** (-stage / (NUM_STAGES - 1))
 
 
 def averaging(step: int, *, decay: float) -> float:
@@ -100,7 +112,7 @@ class Schedule:
     Args:
         batch_size: Images per step. The last batch of an epoch may be smaller.
         seed: The seed of the images' order.
-        rate: (step, *, learning_rate, total_steps) -> the learning rate of that step; such as ``cosine``.
+        rate: (step, *, learning_rate, total_steps) -> the learning rate of that step; such as ``cosine`` or ``stages``.
         beta: The weight of the KL after the warm-up.
         warmup_epochs: The epochs over which beta rises linearly from 0.
     """

@@ -147,7 +147,7 @@ def test_a_run_from_another_has_its_model_and_data_and_of_the_rest_what_is_given
     assert all(getattr(options, name) == getattr(theirs, name) for name in MODEL_OPTIONS)
     assert (options.prior, options.prior_layers, options.latent_dim) == ("flow", 2, 2)
     assert (options.objective, options.num_particles, options.epochs, options.seed) == ("dreg", 3, 2, 3)
-    rest = ("clip_norm", "checkpoint_seconds", "precision", "warmup_epochs", "keep")
+    rest = ("clip_norm", "checkpoint_seconds", "precision", "schedule", "warmup_epochs", "keep")
     assert all(getattr(options, name) == getattr(Options(), name) for name in rest)
 
 

@@ -132,6 +132,8 @@ PRIORS = {
     "flow spline": f"{FLOW_PRIOR} --prior-flow spline",
 }
 POSTERIORS = {
+    "diagonal exp": f"{NORMAL_PRIOR} --scale-map exp",
+    "diagonal softplus": f"{NORMAL_PRIOR} --scale-map softplus",
     "full": f"{NORMAL_PRIOR} --posterior full",
     "flow iaf": f"{NORMAL_PRIOR} {FLOW_POSTERIOR}",
     "flow spline": f"{NORMAL_PRIOR} {FLOW_POSTERIOR} --posterior-flow spline",
@@ -208,8 +210,8 @@ TRAIN_LEVELS = {
 }
 TRAININGS = {
     "mlp bernoulli hierarchy free-bits warm-up": f"{SMALL} {TOP_DOWN} --objective free-bits --beta 2 --warmup-epochs 4",
-    "conv normal vamp full iwae": f"--network conv {CONV} --likelihood normal {PRIORS['vamp']} --posterior full "
-    "--objective iwae --num-particles 3",
+    "conv normal vamp full iwae stages": f"--network conv {CONV} --likelihood normal {PRIORS['vamp']} --posterior full "
+    "--objective iwae --num-particles 3 --schedule stages",
     "residual bernoulli mixture iaf dreg": f"--network residual {CONV} {PRIORS['mixture']} {FLOW_POSTERIOR} "
     "--objective dreg --num-particles 3 --skip-norm 1000",
     "tanh normal-optimal elbo analytic": f"{SMALL} --network tanh --likelihood normal-optimal {PLAIN} --kl analytic "
@@ -350,7 +352,7 @@ WORDS = (
     "binomial continuous-bernoulli beta logit-normal normal normal-fixed normal-optimal normal-per-pixel "
     "laplace student-t poisson negative-binomial mlp tanh gated conv gated-conv residual gated-residual "
     "standard-normal mixture vamp flow affine spline diagonal full delta iaf top-down bottom-up all shrinking "
-    "wide elbo free-bits dreg stl sampled analytic best last float32 tf32 "
+    "wide bounded exp softplus elbo free-bits dreg stl cosine stages sampled analytic best last float32 tf32 "
     "bf16 guide prior mlp128 iwae20 iwae100 conv128 default training evaluation likelihoods start ranks "
     "folder streaming resume"
 )

@@ -14,29 +14,73 @@ from torch.testing import assert_close
 
 from ppl_vae import VAE, Conditional, log_weights
 from ppl_vae.parts.networks import MLP
-from ppl_vae.parts.posteriors import MAX_LOG_SCALE, Delta, DiagonalNormal, FullNormal, bounded_log_scale
+from ppl_vae.parts.posteriors import MAX_LOG_SCALE, Delta, DiagonalNormal, FullNormal
 from ppl_vae.parts.priors import StandardNormal
+from ppl_vae.parts.registry import SCALE_MAPS
 
 FEATURES = [-80.0, -30.0, -5.0, -1e-3, 0.0, 0.5, 3.0, 20.0, 80.0]
 
+# log sigma in float64, by numpy; log softplus(a) = log(log1p(exp(a))), and for a below -30 it is a to rounding.
+OFFSET = math.log(math.expm1(1.0))
+EXACT = {
+    "bounded": lambda h: 7 * np.tanh(h / 7),
+    "exp": lambda h: h,
+    "softplus": lambda h: np.log(np.log1p(np.exp(h + OFFSET))),
+}
+SLOPE_AT_ZERO = {"bounded": 1.0, "exp": 1.0, "softplus": 1 - math.exp(-1)}
 
-def test_a_log_scale_in_single_precision_is_that_of_double_precision():
-    found = bounded_log_scale(torch.tensor(FEATURES)).double().numpy()
-    np.testing.assert_allclose(found, 7 * np.tanh(np.array(FEATURES) / 7), rtol=3e-6, atol=3e-7)
+
+@pytest.mark.parametrize("name", SCALE_MAPS)
+def test_a_feature_of_zero_is_the_scale_of_the_prior(name):
+    assert float(SCALE_MAPS[name].load()(torch.zeros(())).exp()) == pytest.approx(1.0, abs=1e-6)
 
 
-def test_gradients_are_one_at_zero_and_finite_for_whatever_feature():
+@pytest.mark.parametrize("name", SCALE_MAPS)
+def test_a_log_scale_in_single_precision_is_that_of_double_precision(name):
+    features = [h for h in FEATURES if name != "softplus" or h > -44]  # below which its scale is held
+    found = SCALE_MAPS[name].load()(torch.tensor(features)).double().numpy()
+    np.testing.assert_allclose(found, EXACT[name](np.array(features)), rtol=3e-6, atol=3e-7)
+
+
+@pytest.mark.parametrize("name", SCALE_MAPS)
+def test_the_gradient_at_zero_is_what_is_documented(name):
+    h = torch.zeros((), dtype=torch.double, requires_grad=True)
+    SCALE_MAPS[name].load()(h).backward()
+    assert float(h.grad) == pytest.approx(SLOPE_AT_ZERO[name], rel=1e-12)
+
+
+@pytest.mark.parametrize("name", SCALE_MAPS)
+def test_gradients_are_finite_for_whatever_feature(name):
     h = torch.tensor([-1e30, -1e4, -104.0, -88.0, 0.0, 88.0, 1e4, 1e30], requires_grad=True)
-    bounded_log_scale(h).sum().backward()
+    SCALE_MAPS[name].load()(h).sum().backward()
     assert h.grad.isfinite().all()
-    assert float(h.grad[4]) == 1
 
 
-def test_a_diagonal_normal_takes_its_scales_from_the_map():
-    h = torch.tensor([[0.3, -2.0, 0.5, -1.0], [1.0, 0.0, 2.0, 100.0]])
-    q = DiagonalNormal(2)(h)
+def _kl(name, feature):
+    """KL(q || N(0, 1)) of one latent with mean 0."""
+    q = DiagonalNormal(1, log_scale=SCALE_MAPS[name].load())(torch.tensor([0.0, feature])).base_dist
+    return torch.distributions.kl_divergence(q, torch.distributions.Normal(0.0, 1.0)).item()
+
+
+@pytest.mark.parametrize(("name", "finite"), [("bounded", True), ("softplus", True), ("exp", False)])
+def test_where_exp_overflows_the_other_maps_still_have_a_kl(name, finite):
+    """In float32 exp(100) is infinite."""
+    assert math.isfinite(_kl(name, 100.0)) == finite
+
+
+@pytest.mark.parametrize("feature", [-44.0, -50.0, -104.0, -1e4])
+def test_the_softplus_map_never_gives_a_scale_without_a_kl(feature):
+    """KL(N(0, s^2) || N(0, 1)) = -log s + (s^2 - 1) / 2, by torch from s^2, which is 0 in float32 below s = 1e-23."""
+    s = max(1.1e-19, math.exp(feature) * math.expm1(1.0))
+    assert _kl("softplus", feature) == pytest.approx(-math.log(s) - 0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", SCALE_MAPS)
+def test_a_diagonal_normal_takes_its_scales_from_the_map(name):
+    h = torch.tensor([[0.3, -2.0, 0.5, -1.0], [1.0, 0.0, 2.0, 0.0]])
+    q = DiagonalNormal(2, log_scale=SCALE_MAPS[name].load())(h)
     assert_close(q.mean, h[:, :2])
-    np.testing.assert_allclose(q.stddev.numpy(), np.exp(7 * np.tanh(h[:, 2:].numpy() / 7)), rtol=1e-5)
+    np.testing.assert_allclose(q.stddev.numpy(), np.exp(EXACT[name](h[:, 2:].numpy())), rtol=1e-5)
 
 
 def test_a_deterministic_guide_is_at_its_features_and_nowhere_else():

@@ -175,13 +175,15 @@ OWN_OPTIONS: dict[str, tuple[Any, str, str, str]] = {
     "posterior_flow": ("spline", "posterior", "diagonal", "flow"),
     "posterior_layers": (4, "posterior", "full", "flow"),
     "posterior_hidden": ((6,), "posterior", "diagonal", "flow"),
+    "scale_map": ("exp", "posterior", "delta", "diagonal or full or flow"),
+    "decay_start": (0.3, "schedule", "stages", "cosine"),
     "free_bits": (0.7, "objective", "iwae", "free-bits"),
 }
 LAYER_OPTIONS = {"upper_hidden": (4,), "inference": "bottom-up", "decoder_input": "all"}
 
 CONFLICTS |= {
     f"{name} of another {of}": (
-        {name: value, of: word},
+        {name: value, of: word} | ({"beta": 0.0, "objective": "elbo"} if word == "delta" else {}),
         f"{format_flag(name)}: expected {format_flag(of)} {words}, got {word}$",
     )
     for name, (value, of, word, words) in OWN_OPTIONS.items()
@@ -219,7 +221,7 @@ def test_conflicting_options_are_refused_and_leave_no_folder(tmp_path: Path, wor
     [
         {"posterior": "delta", "beta": 0.0},
         {"objective": "free-bits", "free_bits": 0.5},
-        {"objective": "free-bits", "beta": 4.0},
+        {"objective": "free-bits", "beta": 4.0, "scale_map": "exp"},
     ],
     ids=str,
 )

@@ -13,7 +13,7 @@ from oracles import bernoulli_vae
 from ppl_vae.runs.options import Options
 from ppl_vae.runs.resolve import fit_arguments
 from ppl_vae.training import Callbacks, fit
-from ppl_vae.training.settings import averaging, cosine, warmup
+from ppl_vae.training.settings import averaging, cosine, stages, warmup
 
 STEPS = 1000
 
@@ -38,6 +38,38 @@ def test_a_cosine_is_torchs_annealing():
         assert _cosine(step) == pytest.approx(annealing.get_last_lr()[0], rel=1e-9, abs=1e-15)
         optimizer.step()
         annealing.step()
+
+
+# --- The stages ---
+
+STEPS_AN_EPOCH, EPOCHS = 600, 3280
+# Burda et al. 2016, section 5: 3^i passes at 0.001 * 10^(-i / 7), i = 0 to 7, with 600 batches of 100 a pass.
+TABLE = [(3**i * STEPS_AN_EPOCH, 0.001 * 10 ** (-i / 7)) for i in range(8)]
+
+
+@pytest.mark.parametrize("stage", range(8))
+def test_each_stage_has_its_published_rate_from_its_first_step_to_its_last(stage):
+    first = sum(length for length, _ in TABLE[:stage])
+    length, rate = TABLE[stage]
+    for step in (first, first + 1, first + length // 2, first + length - 1):
+        assert stages(step, learning_rate=0.001, total_steps=EPOCHS * STEPS_AN_EPOCH) == pytest.approx(rate, rel=1e-12)
+
+
+def test_the_stages_are_as_long_as_published():
+    found = [stages(step, learning_rate=0.001, total_steps=EPOCHS * 6) for step in range(EPOCHS * 6)]
+    rates, counts = np.unique(found, return_counts=True)
+    assert list(counts[::-1]) == [6 * 3**i for i in range(8)]
+    np.testing.assert_allclose(rates[::-1], [rate for _, rate in TABLE])
+
+
+@pytest.mark.parametrize("total_steps", [7, 100, 4999])
+def test_the_stages_of_another_length_keep_their_shares(total_steps):
+    found = np.array([stages(step, learning_rate=1.0, total_steps=total_steps) for step in range(total_steps)])
+    assert (np.diff(found) <= 0).all()
+    assert found[-1] == pytest.approx(0.1)
+    for stage in range(8):
+        share = 3**stage / 3280
+        assert abs((np.isclose(found, 10 ** (-stage / 7))).sum() - share * total_steps) < 1
 
 
 # --- The weight of the KL, and the averages ---
@@ -75,8 +107,9 @@ def test_an_average_is_the_mean_of_what_was_seen_as_long_as_few_were():
     [
         ({}, lambda step: (1 + math.cos(math.pi * step / 20)) / 2),
         ({"decay_start": 0.5}, lambda step: 1.0 if step <= 10 else (1 + math.cos(math.pi * (step - 10) / 10)) / 2),
+        ({"schedule": "stages"}, lambda step: 10 ** (-sum(step >= 20 * (3**i - 1) / 6560 for i in range(1, 8)) / 7)),
     ],
-    ids=["cosine", "flat, then a cosine"],
+    ids=["cosine", "flat, then a cosine", "stages"],
 )
 @pytest.mark.parametrize("compile", [False, True])
 def test_training_takes_the_rate_of_the_schedule_at_every_step(graphs, compile, asked, expected):

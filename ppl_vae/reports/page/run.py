@@ -9,7 +9,7 @@ from ppl_vae import runs
 from ppl_vae.reports.page import blocks as page
 from ppl_vae.reports.page.blocks import Block, Picture, Section, Table, Text, VerdictBlock, true_minus
 from ppl_vae.reports.page.explorer import make_explorer
-from ppl_vae.reports.run_figures import diagnosis_figures, figure_names
+from ppl_vae.reports.run_figures import figure_names
 from ppl_vae.reports.text import make_sentence, plus_minus
 from ppl_vae.reports.text import pages as text
 from ppl_vae.reports.text.diagnosis import describe_advice
@@ -39,7 +39,7 @@ def make_page(run: Run, step: int, diagnosis: Diagnosis | None, *, split: str) -
         "verdicts": _verdicts(run, diagnosis, split),
         "explore": [explorer],
         "figures": _pictures(run, figure_names(run)),
-        "diagnosis": _pictures(run, list(diagnosis_figures(run, diagnosis.numbers))) if diagnosis else [],
+        "diagnosis": _pictures(run, list(text.DIAGNOSIS_FIGURES)) if diagnosis else [],
         "setup": _setup(run, step),
     }
     sections = [Section(text.SECTIONS[anchor], found, anchor) for anchor, found in blocks.items() if found]
@@ -99,7 +99,7 @@ def _pictures(run: Run, names: Sequence[str]) -> list[Picture]:
     """The figures of the run's folder that exist, with their captions."""
     found = []
     for name in names:
-        path, caption = run.folder / runs.FIGURES / name, text.FIGURES.get(name, "")
+        path, caption = run.folder / runs.FIGURES / name, (text.FIGURES | text.DIAGNOSIS_FIGURES).get(name, "")
         if path.is_file():
             found.append(Picture(path.read_bytes(), caption, caption or Path(name).stem))
     return found

@@ -81,6 +81,17 @@ FIGURES = {
     "particles.png": "The bound rises with importance samples. Flat at its right end, it may have settled; with a "
     "k-hat above 0.7 rare particles carry it, and it can be flat and still too low.",
 }
+DIAGNOSIS_FIGURES = {
+    "diagnosis-latents.png": "What each latent tells, and how much its mean varies over images; those near zero are "
+    "unused.",
+    "diagnosis-aggregate.png": "All codes together against the prior, latent by latent: the bars of a VAE should be "
+    "short. No prior was in the training of an autoencoder.",
+    "diagnosis-noise.png": "The data's directions in units of the likelihood's noise; a linear "
+    "decoder near the state that ignores z learns those above the line.",
+    "diagnosis-holes.png": "Decoded prior draws that the images' smoothed posteriors cover least, beside ordinary ones "
+    "and reconstructions.",
+    "diagnosis-pixels.png": "Whether pixels are distributed as the likelihood says: the bars should be level.",
+}
 
 
 # --- A run's page ---

@@ -181,52 +181,46 @@ QUESTIONS = {
         "Why is the regularizer troublesome?",
         """\
 The KL term is a price on information: each nat that a code tells about its image costs beta nats, and pays only if it
-earns more than that in the reconstruction. Along beta the rate (the KL) falls and the distortion (minus the
-reconstruction term) rises. The price is the same for all latents, so those that would earn least go first: see how the
-number of "active" latents falls. "Implied beta" is read off the finished weights, at which no small change of the
-guide's scales pays; where training has converged it equals the beta that was set.
+earns more than that in the reconstruction. Along beta the rate (the KL) falls, the distortion (minus the reconstruction
+term) rises, and the latents that would earn least go first: see how the number of "active" latents falls. "Implied
+beta" is read off the finished weights; where training has converged it equals the beta that was set.
 
 **Where does the likelihood peak?** Nothing makes beta = 1 best for log p(x): it maximizes a bound with a gap that
-depends on the guide, on training images, in a training that ends. Read the column of differences to beta = 1: they are
-paired on the same test images. "Not distinguishable" means that the 95% interval, corrected for the number of
-comparisons, contains zero. A star marks an estimate that has not settled: with more importance samples it may still
-rise, so log p(x) itself may be higher there. Peaks are chosen on the test images that they are reported on, from one
-training for each beta.""",
+depends on the guide. Read the column of differences to beta = 1, paired on the same test images. "Not distinguishable"
+means that the 95% interval, corrected for the number of comparisons, contains zero. A star marks an estimate that has
+not settled: with more importance samples it may still rise.""",
     ),
     "check": (
         "How do I check that the regularization worked?",
         """\
 The regularization worked if codes of test images, one sample each, look like samples of the prior, and still say
 something about the images. The first is measured by a Kolmogorov-Smirnov distance for each latent, by a classifier
-between codes and prior samples (effect 0: alike, 1: always told apart) and by holes (prior samples that the codes cover
-less than all but one percent of other images' codes; one percent is expected by chance). The second is the mutual
-information, which cannot exceed the logarithm of the number of images. Codes can match the prior because they are
-empty: read both together. The autoencoder was never asked to match anything.""",
+(effect 0: alike, 1: always told apart) and by holes (prior samples that the codes cover less than all but one percent
+of other images' codes). The second is the mutual information, which cannot exceed the logarithm of the number of
+images. Codes can match the prior because they are empty: read both together.""",
     ),
     "blur": (
         "Why do VAEs blur, and autoencoders too?",
         """\
-What is shown as a reconstruction is a mean of all images that the decoder holds possible for a code; a mean of sharp
-images that differ is not sharp. **Why a VAE blurs:** the guide's noise makes several images share a code, and the error
-of one reconstruction splits exactly into that "posterior noise" and the error that is left without it. **Why an
-autoencoder blurs:** it has no noise, but a short code still leaves open which image it was: the table shows how
-sharpness grows with the number of latents. Power above one is noise, not detail: it comes from binary inputs.
+A reconstruction is a mean of all images that the decoder holds possible for a code; a mean of sharp images that differ
+is not sharp. **Why a VAE blurs:** the guide's noise makes several images share a code, and the error of one
+reconstruction splits exactly into that "posterior noise" and the error that is left without it. **Why an autoencoder
+blurs:** it has no noise, but a short code still leaves open which image it was: sharpness grows with the number of
+latents. Power above one is noise, not detail: it comes from binary inputs.
 
 **Samples.** The autoencoder was never trained with a prior, so decoding N(0, I) judges it unfairly. The rows "fitted"
-decode draws of a density that was fitted to the codes of training images afterwards, which is the fair comparison: a
-normal, or a mixture of normals, whose number validation codes choose. The row "other real images" is what real images
-would have.""",
+decode draws of a density that was fitted to the codes of training images afterwards: a normal, or a mixture of normals,
+whose number validation codes choose. The row "other real images" is what real images would have.""",
     ),
     "averaging": (
         "What does averaging over pixels do?",
         """\
-A loss that is averaged over the D pixels instead of summed divides the reconstruction term by D and leaves the KL as it
-is: rec / D - KL = (rec - D KL) / D is the objective of beta = D up to a factor, even with beta set to one. So the run
-with beta = D shows what such a loss does. A linear decoder near collapse keeps a direction of the data only if its
-eigenvalue, in units of the likelihood's noise, is above beta (Lucas et al. 2019; Dai et al. 2020). The table compares
-this prediction, made before any training, with what each training showed: "directions above" is the prediction,
-"active" what came, and "as predicted" says whether a run collapsed exactly where no direction is above beta. A squared
-error that is averaged over D pixels has the same fault: it is the likelihood of a normal with variance D / 2.""",
+A loss that is averaged over the D pixels instead of summed has the objective of beta = D up to a factor, even with beta
+set to one: rec / D - KL = (rec - D KL) / D. A squared error that is averaged is the likelihood of a normal with
+variance D / 2. A linear decoder near collapse keeps a direction of the data only if its eigenvalue, in units of the
+likelihood's noise, is above beta (Lucas et al. 2019; Dai et al. 2020): "directions above" is this prediction, made
+before any training, and "active" is what came. "As predicted" says whether a run collapsed exactly where no direction
+is above beta.""",
     ),
     "collapse": (
         "What helps against collapse?",
@@ -245,13 +239,10 @@ nothing about what another seed would give.""",
         "How was it measured?",
         """\
 Every run is the same plain VAE unless its name says otherwise, trained for {epochs} epochs. Its last weights are kept.
-beta is a matter of training alone: every reported number is at beta = 1. log p(x) is estimated from below by the
-importance-weighted bound L_S with S = {num_particles:,} samples per image, on {images:,} fixed random test images. Runs
-are ranked by log p(x) only where their difference in L_S exceeds what either may still gain with more samples. Where
-L_S at beta = 1 is hardly above the floor, a model has learned little, and its numbers say little about trained models.
-
-± is one standard error over images; it says nothing about what another training would give. Differences between bounds
-on the same images are paired, with 95% intervals that are corrected for the number of comparisons in their table.
+Every reported number is at beta = 1. log p(x) is estimated from below by the importance-weighted bound L_S with S =
+{num_particles:,} samples per image, on {images:,} fixed random test images. Runs are ranked by log p(x) only where
+their difference in L_S exceeds what either may still gain with more samples. ± is one standard error over images; it
+says nothing about what another training would give.
 
 Training took {training:.3g}, evaluation {evaluation:.3g} and measuring {measuring:.3g} minutes.""",
     ),

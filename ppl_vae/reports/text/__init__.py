@@ -28,14 +28,6 @@ def plus_minus(estimate: Estimate | None, digits: int = 2) -> str:
     return f"{format_number(estimate.mean, digits)} ± {format_number(estimate.stderr, digits)}"
 
 
-def describe_images_scale(provenance: Provenance, seed: int) -> str:
-    """The binarization and the scale of a result: what a reader must know before comparing it with others."""
-    words = [f"binarization {provenance.binarization}"]
-    if provenance.protocol == "iwae":
-        words.append(f"iwae protocol, drawn by seed {seed}")
-    return ", ".join([*words, *filter(None, [describe_measure(provenance)])])
-
-
 def describe_measure(provenance: Provenance) -> str:
     """Whether the numbers are masses or densities; nothing for binary pixels, whose binarization says it."""
     scale = provenance.scale
@@ -47,8 +39,12 @@ def describe_measure(provenance: Provenance) -> str:
 
 
 def describe_sample(images: str, provenance: Provenance, seed: int) -> str:
-    """What the images of a result are, and what its errors are over."""
-    return f"{images}, {describe_images_scale(provenance, seed)}; ± is the standard error over images"
+    """What a reader must know of a result before comparing it: its images, binarization and scale, and its errors."""
+    words = [images, f"binarization {provenance.binarization}"]
+    if provenance.protocol == "iwae":
+        words.append(f"iwae protocol, drawn by seed {seed}")
+    words += filter(None, [describe_measure(provenance)])
+    return f"{', '.join(words)}; ± is the standard error over images"
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

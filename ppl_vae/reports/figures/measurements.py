@@ -146,15 +146,12 @@ def draw_noise(numbers: Measurements) -> Figure:
     noise = numbers.noise
     assert noise is not None
     beta = numbers.trained_with.beta if numbers.trained_with else 1.0
-    betas = {"beta = 1": 1.0} | ({f"beta = {beta:g}, as trained": beta} if beta not in (0, 1) else {})
-    thresholds = {
-        f"{name}, above what independent pixels reach" if noise.edge > value else name: max(value, noise.edge)
-        for name, value in betas.items()
-    } | {"a mean over pixels": float(numbers.num_pixels)}
+    thresholds = {f"beta = {beta:g}, or what independent pixels reach": max(beta, noise.edge)}
+    thresholds["a mean over pixels"] = float(numbers.num_pixels)
     figure = make_figure(TITLES["diagnosis-noise"])
     axes, eigenvalues = figure.subplots(), noise.eigenvalues.numpy()
     axes.loglog(np.arange(1, len(eigenvalues) + 1), np.maximum(eigenvalues, 1e-12), marker=".", markersize=3)
-    for (name, value), color in zip(thresholds.items(), ("black", "tab:red", "tab:orange"), strict=False):
+    for (name, value), color in zip(thresholds.items(), ("black", "tab:orange"), strict=True):
         live = int((eigenvalues > value).sum())
         axes.axhline(value, color=color, label=f"{name}: {live:,} directions live above {value:.3g}")
     if numbers.active.count:

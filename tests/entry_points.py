@@ -8,7 +8,6 @@ from fitting import fit as fit_vae
 
 from ppl_vae import diagnostics
 from ppl_vae.commands import latents as sampling
-from ppl_vae.diagnostics import pictures
 from ppl_vae.evidence import ais, chains, evaluation, guide_calibration, missing, moments
 from ppl_vae.evidence import importance as evidence
 from ppl_vae.evidence.refinement import measure_gaps, refine_proposal
@@ -56,10 +55,6 @@ OTHERS = {
     "moments.decode_mean": lambda vae, x: moments.decode_mean(vae, torch.zeros(3, 2).to(x)),
     "moments.sample_posterior": lambda vae, x: moments.sample_posterior(vae, x),
     "moments.encode": lambda vae, x: moments.encode(vae, x),
-    "pictures.decode_plane": lambda vae, x: pictures.decode_plane(vae, torch.zeros(2, 2).to(x)),
-    "pictures.decode_traversals": lambda vae, x: pictures.decode_traversals(
-        vae, torch.zeros(2).to(x), torch.ones(1, 2).to(x), torch.zeros(1).to(x)
-    ),
     "fit": lambda vae, x: fit_vae(vae, x, epochs=1, batch_size=2),
     "guide_calibration.compute_ranks": lambda vae, x: guide_calibration.compute_ranks(
         vae, num_simulations=3, num_draws=2

@@ -205,15 +205,6 @@ def find_principal_directions(codes: Tensor, most: int, *, num_moved: int | None
 
 
 @serialize_threads(gradients=False)
-def decode_traversals(vae: LatentModel, z: Tensor, moves: Tensor, steps: Tensor) -> Tensor:
-    """E[x | z + t m_r] for each move m_r and each step t.
-
-    z: (L,), moves: (R, L), steps: (K,) the t -> (R, K, *E).
-    """
-    return vae.likelihood(z + steps[:, None] * moves[:, None]).mean
-
-
-@serialize_threads(gradients=False)
 def latent_quantiles(prior: Distribution, count: int) -> Tensor:
     """(count, L) F_l^-1((k + 1/2) / count), k = 0..count - 1: values of z_l that stand for equal probabilities.
 
@@ -228,13 +219,3 @@ def latent_quantiles(prior: Distribution, count: int) -> Tensor:
     except NotImplementedError:
         z = sample_latents(prior, PRIOR_DRAWS)
         return torch.stack([z[:, latent].quantile(middles.to(z)) for latent in range(z.shape[1])], dim=-1)
-
-
-@serialize_threads(gradients=False)
-def decode_plane(vae: LatentModel, grid: Tensor) -> Tensor:
-    """E[x | z] over the plane of two latents, whose values are ``grid`` (K, 2).
-
-    -> (K, K, *E): the second latent along the first dimension, the first along the second.
-    """
-    second, first = torch.meshgrid(grid[:, 1], grid[:, 0], indexing="ij")
-    return vae.likelihood(torch.stack([first, second], dim=-1)).mean

@@ -15,8 +15,6 @@ from torch import Tensor
 from ppl_vae import data, runs
 from ppl_vae.diagnostics.measurement import Measurements
 from ppl_vae.diagnostics.pictures import (
-    decode_plane,
-    decode_traversals,
     find_principal_directions,
     latent_quantiles,
 )
@@ -200,7 +198,7 @@ def _traversals(scene: _Scene) -> Figure:
     middle = _NUM_STEPS // 2
     steps = _REACH * torch.arange(-middle, middle + 1) / middle
     moves = found.scale[:kept, None] * found.directions[:kept]
-    images = decode_traversals(scene.vae, codes.mean[start], moves, steps)
+    images = scene.vae.likelihood(codes.mean[start] + steps[:, None] * moves[:, None]).mean  # (R, K, *E)
     original = torch.full_like(images[0], torch.nan)  # nothing, but for the middle
     original[middle] = scene.x[index[start]]
     rows = {"the image": original}
@@ -210,11 +208,10 @@ def _traversals(scene: _Scene) -> Figure:
 
 
 def _manifold(scene: _Scene) -> Figure:
-    grid = latent_quantiles(scene.vae.prior(), _MANIFOLD)
-    x, y = grid.T.tolist()
-    planes = decode_plane(scene.vae, grid).flip(0)
-    rows = {f"z1 = {value:.2g}": plane for value, plane in zip(reversed(y), planes, strict=True)}
-    return show_rows(scene.display, rows, "manifold", columns=[f"{value:.2g}" for value in x])
+    x, y = latent_quantiles(scene.vae.prior(), _MANIFOLD).T
+    planes = scene.vae.likelihood(torch.stack([x.expand(len(y), -1), y[:, None].expand(-1, len(x))], dim=-1)).mean
+    rows = {f"z1 = {value:.2g}": plane for value, plane in zip(y.flip(0).tolist(), planes.flip(0), strict=True)}
+    return show_rows(scene.display, rows, "manifold", columns=[f"{value:.2g}" for value in x.tolist()])
 
 
 def _latents(scene: _Scene) -> Figure:

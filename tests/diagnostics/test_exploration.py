@@ -14,8 +14,6 @@ from oracles import LinearGaussian
 from torch.testing import assert_close
 
 from ppl_vae.diagnostics.pictures import (
-    decode_plane,
-    decode_traversals,
     find_principal_directions,
     latent_quantiles,
 )
@@ -95,26 +93,7 @@ def test_codes_that_do_not_vary_have_directions_that_move_nothing(codes):
     assert 0 <= found.find_central(codes) < len(codes)
 
 
-def test_a_traversal_adds_steps_of_each_move_to_the_code(oracle):
-    z, steps = torch.tensor([0.3, -0.2, 1.1], dtype=torch.double), torch.tensor([-3.0, 0.0, 3.0], dtype=torch.double)
-    moves = torch.randn(2, 3, dtype=torch.double, generator=torch.Generator().manual_seed(0))
-    images = decode_traversals(oracle.vae(), z, moves, steps)
-    for row in range(2):
-        for column in range(3):
-            assert_close(images[row, column], oracle.W @ (z + steps[column] * moves[row]) + oracle.b)
-
-
 def test_quantiles_of_a_normal_prior_are_exact():
     prior = dist.Normal(torch.tensor([0.0, 2.0]), torch.tensor([1.0, 3.0])).to_event(1)
     exact = scipy.stats.norm.ppf((np.arange(15)[:, None] + 0.5) / 15, [0.0, 2.0], [1.0, 3.0])
     np.testing.assert_allclose(latent_quantiles(prior, 15), exact, atol=1e-5)
-
-
-def test_a_plane_has_the_first_latent_along_its_columns():
-    oracle = LinearGaussian.random(L=2)
-    grid = torch.tensor([[-1.0, 3.0], [0.5, 1.0], [2.0, -2.0]], dtype=torch.double)
-    images = decode_plane(oracle.vae(), grid)
-    for row in range(3):
-        for column in range(3):
-            z = torch.stack([grid[column, 0], grid[row, 1]])
-            assert_close(images[row, column], oracle.W @ z + oracle.b)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from ppl_vae.diagnostics.latents import ElboSplit
 from ppl_vae.diagnostics.likelihood import PixelCalibration
 from ppl_vae.diagnostics.measurement import Measurements
 from ppl_vae.diagnostics.verdicts import Verdict, plus_minus
@@ -65,33 +66,50 @@ def _format(value: str | int | float) -> str:
 
 def describe_numbers(numbers: Measurements) -> list[str]:
     """One line for each group of numbers that this run has."""
-    lines = [
-        _describe_terms(numbers),
-        f"latents: {numbers.active.count} of {numbers.latent_dim} are active",
-        _describe_split(numbers),
-        _describe_aggregate(numbers),
-        _describe_noise(numbers),
-        *_describe_pictures(numbers),
-        _describe_pixels(numbers.calibration),
-        _describe_estimate(numbers),
-    ]
-    return [f"  {line}" for line in lines if line]
+    aggregate, pictures, noise = numbers.aggregate, numbers.pictures, numbers.noise
+    terms = f"distortion -E_q[log p(x | z)] {plus_minus(numbers.reconstruction, 2, sign=-1)} nats"
+    if numbers.kl is not None:
+        beta = "unknown" if numbers.implied_beta is None else plus_minus(numbers.implied_beta)
+        terms = f"rate KL {plus_minus(numbers.kl, 2)} nats, {terms}; the weights imply beta = {beta}"
+    lines = [terms, f"latents: {numbers.active.count} of {numbers.latent_dim} are active"]
+    if numbers.elbo_split is not None:
+        lines.append(_describe_split(numbers.elbo_split))
+    largest = max(aggregate.kolmogorov_smirnov.statistic.tolist(), default=math.nan)
+    lines.append(
+        f"aggregate posterior against prior: a classifier's effect {plus_minus(aggregate.classifier.effect, 2)}, "
+        f"largest Kolmogorov-Smirnov distance of a latent {largest:.2f}"
+    )
+    if (holes := aggregate.holes) is not None:
+        covered = f"covered less than {1 - holes.expected:.0%} of other images' codes are"
+        lines[-1] += f", prior draws in holes ({covered}) {plus_minus(holes.share, 3)}"
+    if noise is not None and not numbers.autoencoder:  # an autoencoder weighs no KL against the noise
+        beta_of_run = numbers.trained_with.beta if numbers.trained_with else 1.0
+        lines.append(
+            f"effective noise: {noise.count_live(beta_of_run):,} of {len(noise.eigenvalues):,} directions of the data "
+            f"exceed it at beta = {beta_of_run:g}, {noise.live_by_mean:,} had pixels been averaged, counted above "
+            f"{noise.edge:.2f}, which independent pixels reach by chance"
+        )
+    lines.append(f"reconstructions vary {plus_minus(pictures.variation, 3)} of what the images do")
+    if (blur := pictures.blur) is not None:
+        lines[-1] += f"; sharpness against the data's {plus_minus(blur.at_mean, 3)} at the posterior's mean"
+        lines.append(
+            f"squared error per pixel {plus_minus(blur.error, 5)} = posterior noise "
+            f"{plus_minus(blur.posterior_noise, 5)} + the rest {plus_minus(blur.bias, 5)}"
+        )
+    if (pixels := numbers.calibration) is not None:
+        deviation = f"cumulative histogram off by up to {100 * pixels.largest_deviation:.1f} points"
+        lines.append(f"pixels in p(x | z): {pixels.verdict}, {deviation}")
+    if (found := numbers.importance) is not None:
+        bound = f"L_{found.num_particles} = {plus_minus(found.log_likelihood, 2)} nats ({found.num_images:,} images)"
+        lines.append(
+            f"log p(x): {bound}; ten times the particles gained {plus_minus(found.rise, 2)}, unreliable "
+            f"images {plus_minus(found.unreliable, 2)} of all"
+        )
+    return [f"  {line}" for line in lines]
 
 
-def _describe_terms(numbers: Measurements) -> str:
-    distortion = f"distortion -E_q[log p(x | z)] {plus_minus(numbers.reconstruction, 2, sign=-1)} nats"
-    if numbers.kl is None:
-        return distortion
-    beta = "unknown" if numbers.implied_beta is None else plus_minus(numbers.implied_beta)
-    return f"rate KL {plus_minus(numbers.kl, 2)} nats, {distortion}; the weights imply beta = {beta}"
-
-
-def _describe_split(numbers: Measurements) -> str:
-    split = numbers.elbo_split
-    if split is None:
-        return ""
-    information = plus_minus(split.mutual_information, 2)
-    cap = f"cap log N = {split.cap:.2f}"
+def _describe_split(split: ElboSplit) -> str:
+    information, cap = plus_minus(split.mutual_information, 2), f"cap log N = {split.cap:.2f}"
     if split.saturated:  # at the cap its spread is small, and says nothing of its error
         information = plus_minus(Estimate(split.mutual_information.mean, math.nan), 2)
         cap += ": nearly reached, so that the next is overstated"
@@ -102,52 +120,6 @@ def _describe_split(numbers: Measurements) -> str:
             f"{plus_minus(split.sum_of_dimension_kl, 2)}"
         )
     return f"KL = mutual information {information} ({cap}) + {rest} nats"
-
-
-def _describe_aggregate(numbers: Measurements) -> str:
-    found = numbers.aggregate
-    largest = max(found.kolmogorov_smirnov.statistic.tolist(), default=math.nan)
-    line = (
-        f"aggregate posterior against prior: a classifier's effect {plus_minus(found.classifier.effect, 2)}, "
-        f"largest Kolmogorov-Smirnov distance of a latent {largest:.2f}"
-    )
-    if found.holes is None:
-        return line
-    covered = f"covered less than {1 - found.holes.expected:.0%} of other images' codes are"
-    return f"{line}, prior draws in holes ({covered}) {plus_minus(found.holes.share, 3)}"
-
-
-def _describe_noise(numbers: Measurements) -> str:
-    noise = numbers.noise
-    if noise is None or numbers.autoencoder:  # an autoencoder weighs no KL against the noise
-        return ""
-    beta = numbers.trained_with.beta if numbers.trained_with else 1.0
-    return (
-        f"effective noise: {noise.count_live(beta):,} of {len(noise.eigenvalues):,} directions of the data exceed it "
-        f"at beta = {beta:g}, {noise.live_by_mean:,} had pixels been averaged, counted above {noise.edge:.2f}, which "
-        "independent pixels reach by chance"
-    )
-
-
-def _describe_pictures(numbers: Measurements) -> list[str]:
-    blur, lines = numbers.pictures.blur, []
-    parts = [f"reconstructions vary {plus_minus(numbers.pictures.variation, 3)} of what the images do"]
-    if blur is not None:
-        parts.append(f"sharpness against the data's {plus_minus(blur.at_mean, 3)} at the posterior's mean")
-        lines.append(
-            f"squared error per pixel {plus_minus(blur.error, 5)} = posterior noise "
-            f"{plus_minus(blur.posterior_noise, 5)} + the rest {plus_minus(blur.bias, 5)}"
-        )
-    return ["; ".join(parts), *lines]
-
-
-def _describe_pixels(found: PixelCalibration | None) -> str:
-    if found is None:
-        return ""
-    return (
-        f"pixels in p(x | z): {found.verdict}, cumulative histogram off by up to "
-        f"{100 * found.largest_deviation:.1f} points"
-    )
 
 
 def describe_calibration(found: PixelCalibration) -> str:
@@ -161,14 +133,3 @@ def describe_calibration(found: PixelCalibration) -> str:
 
 def _percent(share: Estimate) -> str:
     return f"{plus_minus(Estimate(100 * share.mean, 100 * share.stderr), 1)}%"
-
-
-def _describe_estimate(numbers: Measurements) -> str:
-    found = numbers.importance
-    if found is None:
-        return ""
-    bound = f"L_{found.num_particles} = {plus_minus(found.log_likelihood, 2)} nats ({found.num_images:,} images)"
-    return (
-        f"log p(x): {bound}; ten times the particles gained {plus_minus(found.rise, 2)}, unreliable "
-        f"images {plus_minus(found.unreliable, 2)} of all"
-    )

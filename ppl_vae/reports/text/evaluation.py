@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.importance import UNRELIABLE_BIAS
-from ppl_vae.evidence.typicality import Typicality
 from ppl_vae.reports.text import (
     describe_measure,
     describe_sample,
@@ -15,10 +14,10 @@ from ppl_vae.reports.text import (
     markdown_table,
     plus_minus,
 )
-from ppl_vae.runs.certificates import Bound, Certificate, ConvergenceCurve, SimulatedBounds, SplitGap
+from ppl_vae.runs.certificates import Bound, Certificate, ConvergenceCurve
 from ppl_vae.runs.command_results import Encoding, ImputationSummary
 from ppl_vae.runs.files import JsonObject
-from ppl_vae.runs.results import Evaluation, Quantiles
+from ppl_vae.runs.results import Evaluation
 
 # Below this Pareto k-hat the weights have a variance, which the delta method and the jackknife assume.
 _K_WITH_VARIANCE = 0.5
@@ -158,29 +157,53 @@ def describe_imputation(found: ImputationSummary) -> list[str]:
 
 def describe_certificate(found: Certificate) -> list[str]:
     """A certificate, line by line."""
-    lines = [*_describe_bounds(found), *_describe_doubts(found)]
-    if found.simulated is not None:
-        lines += _describe_simulated(found.simulated)
-    lines.append(_describe_convergence(found))
+    convergence, lines = found.convergence, [*_describe_bounds(found), *_describe_doubts(found)]
+    if (both := found.simulated) is not None:
+        lines += [
+            f"from both sides, on {both.num_images:,} images that the model made: lower bound "
+            f"{plus_minus(both.lower.estimate)}, upper bound {plus_minus(both.upper.estimate)}, a gap of "
+            f"{plus_minus(both.gap, 3)} nats per image, the widest {format_number(both.widest_gap, 2)} (bidirectional "
+            "Monte Carlo; each bound holds in expectation, so noise can bring a gap below 0)",
+            "  The upper bound holds for data simulated from the model, since only there an exact draw of p(z | x) is "
+            "known; it says nothing certain about real data.",
+        ]
+    lines.append(
+        f"convergence, bounds by other draws minus that of AIS in full, on {convergence.num_images:,} of the images: "
+        f"temperatures {_describe_curve(convergence.temperatures, found.temperatures)}; importance samples "
+        f"{_describe_curve(convergence.particles)}"
+    )
     if found.gaps is not None:
-        lines += _describe_gaps(found.gaps)
+        lines.append("where log p(x) - ELBO is lost, nats per image (log p(x) by AIS, from below):")
+        lines += [
+            f"  {split}, {gap.num_images:,} images: {plus_minus(gap.total)} = approximation "
+            f"{plus_minus(gap.approximation)} (the guide's family) + amortization {plus_minus(gap.amortization)} "
+            "(one network for all images)"
+            for split, gap in found.gaps.items()
+        ]
     if found.calibration is not None:
         lines.append(f"calibration of the guide on the model's own images: {found.calibration.verdict}")
-    if found.against is not None:
-        lines += _describe_other(found.against)
-    return [*lines, _describe_time(found)]
+    if (other := found.against) is not None:
+        lines.append(
+            f"against {other.dataset}: L_{other.num_particles} {plus_minus(other.other.estimate)} nats per image on "
+            f"{other.other.num_images:,} of its test images, {plus_minus(other.own.estimate)} on the run's own"
+        )
+        lines += [f"  {make_sentence(words)}" for words in other.words]
+    stages = sorted(found.stage_seconds.items(), key=lambda each: -each[1])
+    return [*lines, ", ".join([f"took {found.seconds:,.0f} s", *(f"{name} {time:,.0f} s" for name, time in stages)])]
 
 
 def _describe_bounds(found: Certificate) -> list[str]:
     chains, plain, improved, S = found.ais, found.importance, found.improved, found.num_particles
+    accepted = chains.acceptance
+    share = "none" if accepted.median is None else f"{accepted.median:.0%} ({accepted.q05:.0%} to {accepted.q95:.0%})"
     lines = [
         f"log p(x) {plus_minus(chains.estimate)} nats per image: the bound of annealed importance sampling (AIS), in "
         "expectation below log p(x)",
         f"  {describe_sample(f'{found.split} split, {found.num_images:,} images', found, found.seed)}",
         f"  {found.chains} chains from {_STARTS[found.start]}, {found.temperatures:,} temperatures, {found.leapfrogs} "
         f"leapfrogs: Monte Carlo error {format_number(chains.monte_carlo_stderr, 3)}, and by the jackknife "
-        f"{format_number(chains.bias, 3)} nats still lacking, both as floors; accepted "
-        f"{_describe_acceptance(chains.acceptance)}",
+        f"{format_number(chains.bias, 3)} nats still lacking, both as floors; accepted {share} of the proposals of the "
+        "median image",
         f"  importance sampling with the guide, bound L_{S}: {plus_minus(plain.estimate)}; AIS minus it "
         f"{_describe_difference(found.ais_minus_importance)}",
         f"  with a normal refined for each image, bound L_{S}: {plus_minus(improved.estimate)}; AIS minus it "
@@ -200,12 +223,6 @@ def _describe_difference(found: Bound) -> str:
     return f"{plus_minus(found.estimate, 3)} (paired; Monte Carlo error {format_number(found.monte_carlo_stderr, 3)})"
 
 
-def _describe_acceptance(found: Quantiles) -> str:
-    if found.median is None:
-        return "no proposals, as there were none"
-    return f"{found.median:.0%} of the proposals of the median image ({found.q05:.0%} to {found.q95:.0%})"
-
-
 def _describe_doubts(found: Certificate) -> list[str]:
     lines, improved, places = [], found.ais_minus_improved, found.unreliable
     if improved.monte_carlo_stderr is not None and improved.mean < -_STDERRS * improved.monte_carlo_stderr:
@@ -222,57 +239,11 @@ def _describe_doubts(found: Certificate) -> list[str]:
     return lines
 
 
-def _describe_simulated(found: SimulatedBounds) -> list[str]:
-    return [
-        f"from both sides, on {found.num_images:,} images that the model made: lower bound "
-        f"{plus_minus(found.lower.estimate)}, upper bound {plus_minus(found.upper.estimate)}, a gap of "
-        f"{plus_minus(found.gap, 3)} nats per image, the widest {format_number(found.widest_gap, 2)} (bidirectional "
-        "Monte Carlo; each bound holds in expectation, so noise can bring a gap below 0)",
-        "  The upper bound holds for data simulated from the model, since only there an exact draw of p(z | x) is "
-        "known; it says nothing certain about real data.",
-    ]
-
-
-def _describe_convergence(found: Certificate) -> str:
-    temperatures = _describe_curve(found.convergence.temperatures, found.temperatures)
-    return (
-        f"convergence, bounds by other draws minus that of AIS in full, on {found.convergence.num_images:,} of the "
-        f"images: temperatures {temperatures}; importance samples {_describe_curve(found.convergence.particles)}"
-    )
-
-
 def _describe_curve(curve: ConvergenceCurve, full: int | None = None) -> str:
     """The differences by effort; that of the full effort, which is 0, is left out."""
     rows = zip(curve.effort, curve.minus_ais, curve.minus_ais_stderr, strict=True)
     shown = [f"{effort:,}: {plus_minus(Estimate(mean, stderr))}" for effort, mean, stderr in rows if effort != full]
     return ", ".join(shown) or "none"
-
-
-def _describe_gaps(gaps: dict[str, SplitGap]) -> list[str]:
-    return [
-        "where log p(x) - ELBO is lost, nats per image (log p(x) by AIS, from below):",
-        *(
-            f"  {split}, {found.num_images:,} images: {plus_minus(found.total)} = approximation "
-            f"{plus_minus(found.approximation)} (the guide's family) + amortization {plus_minus(found.amortization)} "
-            "(one network for all images)"
-            for split, found in gaps.items()
-        ),
-    ]
-
-
-def _describe_other(found: Typicality) -> list[str]:
-    own, other = plus_minus(found.own.estimate), plus_minus(found.other.estimate)
-    return [
-        f"against {found.dataset}: L_{found.num_particles} {other} nats per image on {found.other.num_images:,} of its "
-        f"test images, {own} on the run's own",
-        *(f"  {make_sentence(words)}" for words in found.words),
-    ]
-
-
-def _describe_time(found: Certificate) -> str:
-    stages = sorted(found.stage_seconds.items(), key=lambda each: -each[1])
-    words = ", ".join(f"{name} {seconds:,.0f} s" for name, seconds in stages if seconds >= 1)
-    return f"took {found.seconds:,.0f} s" + (f": {words}" if words else "")
 
 
 _HEADER = (

@@ -139,30 +139,6 @@ def test_the_best_weights_by_validation_reconstruction_are_left_in_the_model():
     assert all(torch.equal(w, b) for w, b in zip(vae.parameters(), snapshots[best], strict=True))
 
 
-@pytest.mark.thorough
-@pytest.mark.parametrize("compile", [False, True])
-def test_a_run_resumed_from_any_step_ends_bit_for_bit_where_the_undisturbed_one_does(graphs, compile):
-    """Images are drawn anew at every access, so that the random numbers must go on as well."""
-    states = {}
-
-    def keep(state):
-        tensors, scalars = state.to_tensors()
-        states[state.step] = {name: t.clone() for name, t in tensors.items()}, scalars
-
-    def transform(values, generator):
-        return torch.bernoulli(0.2 + 0.6 * values)
-
-    asked = {"validation": _binary(20), "transform": transform, "compile": compile}
-    end = _fit(_bernoulli(), _binary(), on_checkpoint=keep, checkpoint_seconds=0.0, **asked)
-    assert sorted(states) == list(range(1, 21))
-    final, numbers = end.to_tensors()
-    for step in (4, 13, 20):
-        torch.manual_seed(12345)
-        tensors, scalars = _fit(_bernoulli(seed=99), _binary(), saved=states[step], **asked).to_tensors()
-        assert [name for name in final if not torch.equal(tensors[name], final[name])] == [], step
-        assert scalars | {"seconds": 0} == numbers | {"seconds": 0}
-
-
 @pytest.mark.parametrize("kl", KLS)
 def test_captured_steps_end_where_the_eager_ones_do(graphs, kl):
     ends, records = {}, {True: [], False: []}

@@ -199,10 +199,3 @@ def test_a_file_larger_than_the_memory_limit_is_trained_on_and_evaluated(tmp_pat
     """With the size from which on files are mapped lowered, so that the test is short."""
     said = beyond_memory(tmp_path, num_images=64_000, limit=215 * 2**20, large=2**23)
     check_beyond_memory(tmp_path, said, 64_000)
-
-
-@limited
-@pytest.mark.slow
-def test_a_file_of_300_mb_is_trained_on_within_240_mb(tmp_path: Path) -> None:
-    said = beyond_memory(tmp_path, num_images=75_000, limit=230 * 2**20, large=0)
-    check_beyond_memory(tmp_path, said, 75_000)

@@ -6,7 +6,6 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,15 +42,6 @@ Compute = Callable[[slice, bool], Tensors]
 _IMPORTANCE: Shapes = dict.fromkeys(IMPORTANCE_NAMES, ())
 
 
-class ChainOptions(NamedTuple):
-    """How chains are annealed: T temperatures, leapfrog steps per transition, C chains per image, and their start."""
-
-    temperatures: int
-    leapfrogs: int
-    chains: int
-    start: str
-
-
 @dataclass
 class StageContext:
     """What every stage works with."""
@@ -59,7 +49,6 @@ class StageContext:
     vae: VAE  # on its device, in evaluation mode
     place: torch.device
     options: Certify
-    chain: ChainOptions
     store: BlockStore  # finished blocks of unfinished stages
     results: StageResults  # complete stages
     compiles: bool  # whether chains are compiled
@@ -217,12 +206,12 @@ def list_fewer_particles(num_particles: int) -> list[int]:
 
 def anneal_images(context: StageContext, stage: str, x: Tensor, *, temperatures: int | None = None) -> AISSummary:
     """Bounds on log p(x) from below, (N,) each. x: (N, *E)."""
-    chain = context.chain._replace(temperatures=temperatures or context.chain.temperatures)
+    T, C = temperatures or context.options.temperatures, context.options.chains
 
     def compute(items: slice, compiled: bool) -> Tensors:
         compile = compiled and context.compiles
-        annealing = _adapt_annealing(context, x[items], chain, compile)
-        found = ais.lower(context.vae, x[items], annealing, num_chains=chain.chains, compile=compile)
+        annealing = _adapt_annealing(context, x[items], T, compile)
+        found = ais.lower(context.vae, x[items], annealing, num_chains=C, compile=compile)
         return _summarize_chains(found.log_w, found.acceptance, 1)
 
     shapes: Shapes = dict.fromkeys(AISSummary._fields, ())
@@ -235,8 +224,8 @@ def anneal_simulated_images(context: StageContext, stage: str, num_images: int) 
         x, z = ais.simulate(context.vae, num_images)
 
     def compute(items: slice, compiled: bool) -> Tensors:
-        own, C, compile = x[items], context.chain.chains, compiled and context.compiles
-        annealing = _adapt_annealing(context, own, context.chain, compile)
+        own, C, compile = x[items], context.options.chains, compiled and context.compiles
+        annealing = _adapt_annealing(context, own, context.options.temperatures, compile)
         below = ais.lower(context.vae, own, annealing, num_chains=C, compile=compile)
         above = ais.upper(context.vae, own, z[items], annealing, num_chains=C, compile=compile)
         results = {f"lower {name}": v for name, v in _summarize_chains(below.log_w, below.acceptance, 1).items()}
@@ -250,18 +239,18 @@ def anneal_simulated_images(context: StageContext, stage: str, num_images: int) 
 
 def _images_per_block(context: StageContext, x: Tensor) -> int:
     """Blocks of nearly equal size of x, (N, *E), so small that all chains of a block fit into one decoder pass."""
-    return even_block_size(len(x), min(CHAIN_BLOCK, ais.images_per_block(context.vae, x, context.chain.chains)))
+    return even_block_size(len(x), min(CHAIN_BLOCK, ais.images_per_block(context.vae, x, context.options.chains)))
 
 
-def _adapt_annealing(context: StageContext, x: Tensor, chain: ChainOptions, compile: bool) -> ais.Annealing:
+def _adapt_annealing(context: StageContext, x: Tensor, temperatures: int, compile: bool) -> ais.Annealing:
     return ais.pilot(
         context.vae,
         x,
         # Evenly spaced: from a guide, gaps on simulated images were no larger than with sigmoidal temperatures.
-        betas=ais.temperatures(chain.temperatures, steepness=0.0),
-        num_leapfrogs=chain.leapfrogs,
-        num_chains=chain.chains,
-        start=chain.start,
+        betas=ais.temperatures(temperatures, steepness=0.0),
+        num_leapfrogs=context.options.leapfrogs,
+        num_chains=context.options.chains,
+        start=context.options.start,
         compile=compile,
     )
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ppl_vae import data, runs
 from ppl_vae.commands import certificate_stages as stages
-from ppl_vae.commands.certificate_stages import ChainOptions, StageContext
+from ppl_vae.commands.certificate_stages import StageContext
 from ppl_vae.commands.evaluate import choose_images
 from ppl_vae.commands.options import Certify
 from ppl_vae.evidence.chains import resolve_start
@@ -42,8 +42,7 @@ class Plan:
     """What a certificate measures."""
 
     run: Run
-    options: Certify
-    chain: ChainOptions
+    options: Certify  # whose start is resolved
     index: Tensor  # the images' places in their split
     x: Tensor  # (N, *E), on the CPU
     gap_splits: tuple[str, ...]  # the splits whose gap is divided into its parts
@@ -63,20 +62,20 @@ def certify_run(options: Certify, *, say: Say) -> Certificate:
     with runs.lock_folder(run.folder), stop_on_signals() as should_stop:
         _check_before_work(run, options)
         place = find_device(options.device)
-        options = replace(options, device=str(place))
         vae = load_evaluated_vae(run).to(place)
-        plan = _plan(run, vae, options, say)
+        plan = _plan(run, vae, replace(options, device=str(place)), say)
+        options = plan.options
         transitions = options.temperatures * options.leapfrogs * math.ceil(len(plan.x) / stages.CHAIN_BLOCK)
         compiles = decide_compile(options.compile, transitions, place)
         store, results = _open_stores(plan, compiles, say)
-        context = StageContext(vae, place, options, plan.chain, store, results, compiles, say, should_stop)
+        context = StageContext(vae, place, options, store, results, compiles, say, should_stop)
         found, summary = _measure(context, plan)
         seconds = {stage: results.seconds[stage] for stage, _ in _stage_identities(plan)}
         certificate = Certificate(
             **vars(run.provenance),
             split=options.split,
             num_images=len(plan.x),
-            **plan.chain._asdict(),
+            **_chain_options(options),
             num_particles=options.num_particles,
             seed=options.seed,
             step=runs.load_step(run.folder / runs.MODEL),
@@ -114,8 +113,8 @@ def _check_before_work(run: Run, options: Certify) -> None:
 
 def _plan(run: Run, vae: VAE, options: Certify, say: Say) -> Plan:
     index, x = choose_images(run, run.evaluated_pixels, options, say)
-    chain = ChainOptions(options.temperatures, options.leapfrogs, options.chains, resolve_start(vae, options.start))
-    if chain.start != options.start:
+    start = resolve_start(vae, options.start)
+    if start != options.start:
         say(
             f"--start {options.start}: the guide's density is slow to compute except at its own samples. The "
             "chains start from a normal with its moments instead."
@@ -126,7 +125,7 @@ def _plan(run: Run, vae: VAE, options: Certify, say: Say) -> Plan:
     if not options.gap_images or run.options.upper_latents:
         gap_splits = ()
     other = None if options.against is None else _load_other_images(run, options, options.against)
-    return Plan(run, options, chain, index, x, gap_splits, other)
+    return Plan(run, replace(options, start=start), index, x, gap_splits, other)
 
 
 def _load_other_images(run: Run, options: Certify, dataset: str) -> tuple[Tensor, data.Splits]:
@@ -169,25 +168,30 @@ def _open_stores(plan: Plan, compiles: bool, say: Say) -> tuple[BlockStore, Stag
 
 def _stage_identities(plan: Plan) -> Iterator[tuple[str, dict[str, object]]]:
     """Each stage's name, and what decides its numbers in addition to what decides those of every stage."""
-    options, chain = plan.options, plan.chain
+    options, chain = plan.options, _chain_options(plan.options)
     images = {"split": options.split, "images": len(plan.x)}
     particles = {"num_particles": options.num_particles}
     for stage in ("importance", "improved", "particles"):
         yield stage, images | particles
-    yield "ais", images | chain._asdict()
-    for T in stages.list_fewer_temperatures(chain.temperatures):
-        yield f"temperatures {T}", images | chain._replace(temperatures=T)._asdict()
+    yield "ais", images | chain
+    for T in stages.list_fewer_temperatures(options.temperatures):
+        yield f"temperatures {T}", images | chain | {"temperatures": T}
     if options.simulated:
-        yield "simulated", chain._asdict() | {"simulated": options.simulated}
+        yield "simulated", chain | {"simulated": options.simulated}
     for split in plan.gap_splits:
         for stage in ("ais", "gaps"):
-            yield f"{stage} {split}", chain._asdict() | {"gap_images": options.gap_images}
+            yield f"{stage} {split}", chain | {"gap_images": options.gap_images}
     if options.simulations:
         yield "calibration", {"simulations": options.simulations, "draws": options.draws}
     if plan.other is not None:
         x, splits = plan.other
         yield "against own", images | particles
         yield "against", particles | {"against": [splits.name, splits.sha256, len(x)]}
+
+
+def _chain_options(options: Certify) -> JsonObject:
+    """The options that say how chains are annealed."""
+    return {name: getattr(options, name) for name in ("temperatures", "leapfrogs", "chains", "start")}
 
 
 def _measure(context: StageContext, plan: Plan) -> tuple[CertifiedImages, JsonObject]:
@@ -236,7 +240,7 @@ def _measure(context: StageContext, plan: Plan) -> tuple[CertifiedImages, JsonOb
 
 def _measure_convergence(context: StageContext, x: Tensor, full: AISSummary) -> Convergence:
     """Bounds with less effort, on images spread evenly: files may be sorted by class."""
-    count, T = min(_CONVERGENCE_IMAGES, len(x)), context.chain.temperatures
+    count, T = min(_CONVERGENCE_IMAGES, len(x)), context.options.temperatures
     sizes, fewer = stages.list_fewer_particles(context.options.num_particles), stages.list_fewer_temperatures(T)
     weighed = stages.weigh_fewer_particles(context, "particles", x, sizes)
     places = torch.arange(count) * len(x) // count

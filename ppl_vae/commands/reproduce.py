@@ -132,7 +132,6 @@ def _make_row(asked: Reproduce, found: Recipe, share: float, stages: Mapping[Pat
         recipe=asked.name,
         model=found.model,
         published=found.published,
-        differs=found.differs if share == 1 else f"{share:.3g} of the epochs of this: {found.differs}",
         seed=asked.seed,
         budget=Budget(
             share, tuple(stage.epochs for stage in stages.values()), tuple(stage.epochs for stage in found.stages)

@@ -25,8 +25,8 @@ from ppl_vae.data.image_file import (
     ImageFacts,
     ImageNotes,
     UnreadableImageError,
+    add_facts,
     decode,
-    find_facts,
     list_formats,
 )
 from ppl_vae.data.splits import LEVELS, SPLIT_ORDER, Splits, abbreviate, complete_splits
@@ -234,8 +234,8 @@ def _read_image(
     except OSError as error:
         return error
     try:
-        decoded = decode(raw)
-        image: Image.Image = decoded.image
+        original, facts = decode(raw)
+        image = original
         if options.size is not None:
             height, width = options.size
             fit = Image.Image.resize if options.fit == "stretch" else ImageOps.fit
@@ -243,7 +243,7 @@ def _read_image(
         if options.color is not None:
             image = image.convert({"gray": "L", "rgb": "RGB"}[options.color])
         pixels = np.asarray(image)
-        return raw, pixels, find_facts(decoded, pixels)
+        return raw, pixels, add_facts(facts, original, pixels)
     except MemoryError as error:
         raise ValueError(f"{root / name}: the memory ran out while it was decoded") from error
     except UnreadableImageError as error:

@@ -40,23 +40,22 @@ class UnreadableImageError(ValueError):
     """An image is left out, and the message gives the user the reason."""
 
 
-class DecodedImage(NamedTuple):
-    """Upright, opaque image with 8 bits per channel, and what else its file contains.
+class ImageFacts(NamedTuple):
+    """What else an image file contains, which is counted.
 
     Args:
-        image: in mode L or RGB, laid over white where a pixel is not opaque.
+        kinds: what holds of it, in words of ``ImageNotes``.
         bits: per channel of the file.
         highest: the largest stored level of any channel where there are more than 8 bits, on a scale up to 65,535.
         num_pages: pages or frames of the file; the image is the first.
-        has_further_channels: whether the file has channels that are neither colors nor opacity; they are left out.
+        size: (H, W) before the image was resized.
     """
 
-    image: Image.Image
+    kinds: tuple[str, ...]
     bits: int
     highest: int
     num_pages: int
-    is_transparent: bool = False
-    has_further_channels: bool = False
+    size: tuple[int, int]
 
 
 def list_formats() -> list[str]:
@@ -65,8 +64,8 @@ def list_formats() -> list[str]:
     return [name for name in Image.OPEN if name not in _NOT_PIXELS]
 
 
-def decode(raw: bytes) -> DecodedImage:
-    """Decode the first page of an image file.
+def decode(raw: bytes) -> tuple[Image.Image, ImageFacts]:
+    """Decode the first page of an image file: upright, opaque, in mode L or RGB, and laid over white.
 
     Messages name a limit and not the numbers of the image, so that files that exceed it can be listed together.
 
@@ -95,19 +94,31 @@ def decode(raw: bytes) -> DecodedImage:
         num_channels = opened.tag_v2.get(_TIFF_CHANNELS, 1) if isinstance(opened, TiffImageFile) else 0
         has_further_channels = num_channels > len(opened.getbands())
         if image.mode.startswith(("I", "F")):
-            return _reduce_long_levels(image, opened, bits)._replace(num_pages=num_pages)
-    gray, is_transparent = image.mode in _GRAY_MODES, False
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        is_transparent = bool(np.asarray(image.getchannel("A")).min() < 255)
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("L" if gray else "RGB")
-    highest = 257 * int(np.asarray(image).max()) if bits > 8 else 0
-    return DecodedImage(image, bits, highest, num_pages, is_transparent, has_further_channels)
+            image, highest, is_transparent = _reduce_long_levels(image, opened, bits)
+        else:
+            gray, is_transparent = image.mode in _GRAY_MODES, False
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                is_transparent = bool(np.asarray(image.getchannel("A")).min() < 255)
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = image.convert("L" if gray else "RGB")
+            highest = 257 * int(np.asarray(image).max()) if bits > 8 else 0
+    found = {
+        "image": True,
+        "page": num_pages > 1,
+        "deep": bits > 8,
+        "transparent": is_transparent,
+        "channels": has_further_channels,
+    }
+    kinds = tuple(kind for kind, holds in found.items() if holds)
+    return image, ImageFacts(kinds, bits, highest, num_pages, (image.height, image.width))
 
 
-def _reduce_long_levels(image: Image.Image, opened: ImageFile, bits: int) -> DecodedImage:
-    """Convert long gray levels to round(255 level / white); a level that the file calls transparent becomes white."""
+def _reduce_long_levels(image: Image.Image, opened: ImageFile, bits: int) -> tuple[Image.Image, int, bool]:
+    """Convert long gray levels to round(255 level / white); a level that the file calls transparent becomes white.
+
+    Returns the image, its largest stored level, and whether it is partly transparent.
+    """
     scaled_by_pillow = opened.format in ("PNG", "PPM")  # older versions of Pillow read 16 bits of a PNG in mode I
     if image.mode == "F":
         raise UnreadableImageError("floating-point levels have no known scale; save them with 8 or 16 bits")
@@ -122,8 +133,7 @@ def _reduce_long_levels(image: Image.Image, opened: ImageFile, bits: int) -> Dec
     pixels = table[levels]
     transparent = levels == image.info.get("transparency")
     pixels[transparent] = 255
-    highest = int(levels.max()) * 65_535 // white
-    return DecodedImage(Image.fromarray(pixels), bits, highest, num_pages=1, is_transparent=bool(transparent.any()))
+    return Image.fromarray(pixels), int(levels.max()) * 65_535 // white, bool(transparent.any())
 
 
 def _read_bits_per_channel(opened: ImageFile, raw: bytes) -> int:
@@ -161,40 +171,17 @@ _MOST_PIXELS_AT_ONCE = 2**16  # most images in color are known by their first ro
 _LEAST_HIGHEST = 2**14  # if all 16-bit levels are below it, they have 14 bits or fewer
 
 
-class ImageFacts(NamedTuple):
-    """Facts of an image that are counted.
-
-    Args:
-        kinds: what holds of it, in words of ``ImageNotes``.
-        bits, highest, num_pages: as in ``DecodedImage``.
-        size: (H, W) before the image was resized.
-    """
-
-    kinds: tuple[str, ...]
-    bits: int
-    highest: int
-    num_pages: int
-    size: tuple[int, int]
-
-
-def find_facts(decoded: DecodedImage, pixels: np.ndarray) -> ImageFacts:
-    """Collect the facts of an image whose ``pixels`` (H, W) or (H, W, 3) are kept."""
-    width, height = decoded.image.size
+def add_facts(facts: ImageFacts, image: Image.Image, pixels: np.ndarray) -> ImageFacts:
+    """Add what holds of the ``pixels`` (H, W) or (H, W, 3) of an image that are kept."""
     is_color = pixels.ndim == 3
     found = {
-        "image": True,
-        "page": decoded.num_pages > 1,
-        "size": (height, width) != pixels.shape[:2],
-        "deep": decoded.bits > 8,
-        "transparent": decoded.is_transparent,
-        "blank": decoded.is_transparent and bool(pixels.min() == pixels.max()),
-        "channels": decoded.has_further_channels,
+        "size": facts.size != pixels.shape[:2],
+        "blank": "transparent" in facts.kinds and bool(pixels.min() == pixels.max()),
         "color": is_color,
         "gray": not is_color or _is_gray(pixels),
-        "grayed": not is_color and decoded.image.mode == "RGB" and not _is_gray(np.asarray(decoded.image)),
+        "grayed": not is_color and image.mode == "RGB" and not _is_gray(np.asarray(image)),
     }
-    kinds = tuple(kind for kind, holds in found.items() if holds)
-    return ImageFacts(kinds, decoded.bits, decoded.highest, decoded.num_pages, (height, width))
+    return facts._replace(kinds=(*facts.kinds, *(kind for kind, holds in found.items() if holds)))
 
 
 def _is_gray(pixels: np.ndarray) -> bool:

@@ -74,7 +74,6 @@ class Reproduction:
     recipe: str
     model: str
     published: tuple[Published, ...]  # the numbers in print that it is compared with
-    differs: str  # how the training differs from the source's
     seed: int
     budget: Budget
     precision: str
@@ -103,7 +102,6 @@ class Recipe(NamedTuple):
     model: str
     stages: tuple[Options, ...]  # each but the first starts from the weights of the one before
     published: tuple[Published, ...]  # numbers of the same model, or of the best of its kind
-    differs: str  # how the training differs from the source's
     particles: int = 5000  # S of the evaluation of every test image
 
 
@@ -133,17 +131,8 @@ _COMMON = Options(
     skip_norm=1000.0,
 )
 # Tomczak and Welling: a rate of 5e-4 throughout, 2,000 epochs at most and no more than 50 without a better validation
-# ELBO, a warm-up of 100, and no average of the weights.
+# ELBO, a warm-up of 100, each tensor's gradient divided by its norm, He's start, and no average of the weights.
 _GATED = replace(_COMMON, network="gated", hidden=(300, 300), latent_dim=40, epochs=300)
-
-
-def _gated_differs(epochs: int) -> str:
-    return (
-        f"{epochs:,} epochs at 2e-3, falling on a cosine in the second half, a warm-up of 20, the gradient "
-        "without the guide's score, clipped as a whole, hidden layers that start wide, and an average of the weights; "
-        "there at most 2,000 at 5e-4 with early stopping, a warm-up of 100, each tensor's gradient divided by its "
-        "norm, and He's start"
-    )
 
 
 def _finished_by_dreg(first: Options) -> tuple[Options, Options]:
@@ -154,12 +143,8 @@ def _finished_by_dreg(first: Options) -> tuple[Options, Options]:
     return first, finish
 
 
-_BURDA_DIFFERS = (
-    "50,000 training images in batches of 100 for 1,000 epochs at 2e-3, falling on a cosine in the second "
-    "half, a warm-up of 20, the gradient without the guide's score, an average of the weights, the best by "
-    "validation; there 60,000 in batches of 20 for 3,280 epochs, from 1e-3 in eight stages, the last weights, and "
-    "Adam's epsilon 1e-4; tested on the draw of Tomczak and Welling, there on another"
-)
+# Burda et al.: 60,000 images in batches of 20 for 3,280 epochs, from 1e-3 in eight stages, the last weights, Adam's
+# epsilon 1e-4, one k throughout, and another draw of the test set.
 _BURDA_FIRST = replace(
     _COMMON, network="tanh", hidden=(200, 200), latent_dim=50, initialization="shrinking", epochs=1000
 )
@@ -176,7 +161,6 @@ RECIPES = {
         "one layer of 50 latents, two tanh layers of 200 each way, k = 1",
         (_BURDA_FIRST,),
         (Published(-86.76, None, f"VAE, k = 1: {_BURDA}, Table 1"),),
-        _BURDA_DIFFERS,
     ),
     # The same table, k = 5 and 50, held against L_16; the gradient is that of Tucker et al. 2019, arXiv 1810.04152.
     "iwae_1": Recipe(
@@ -186,15 +170,12 @@ RECIPES = {
             Published(-85.54, None, f"IWAE, k = 5: {_BURDA}, Table 1"),
             Published(-84.78, None, f"IWAE, k = 50: {_BURDA}, Table 1"),
         ),
-        f"{_BURDA_DIFFERS}; k = 1 for these, and 300 epochs more on L_16, by the doubly reparametrized gradient, "
-        "at 1e-3, falling on a cosine; there one k throughout",
     ),
     # Norouzi et al., density estimation on dynamic MNIST: VAE, Gaussian prior.
     "vae_gaussian": Recipe(
         "one layer of 40 latents, N(0, I), two gated layers of 300 each way",
         (_GATED,),
         (Published(-84.45, 0.12, f"VAE, Gaussian prior: {_NOROUZI}, dynamic MNIST"),),
-        _gated_differs(300),
     ),
     # Ours, held against the priors of Norouzi et al. and a prior of the same kind behind convolutions. The gradient of
     # the first stage is that of Roeder et al. 2017, arXiv 1703.09194, of the second that of Tucker et al. 2019.
@@ -202,18 +183,17 @@ RECIPES = {
         "one layer of 40 latents, a flow prior of ten affine couplings, two gated layers of 300 each way",
         _finished_by_dreg(replace(_GATED, prior="flow")),
         (_VAMPPRIOR, _EXEMPLAR, _REALNVP),
-        f"the prior; {_gated_differs(300)}; 30 epochs more on L_8",
     ),
     # Ours: the widest of one latent layer here.
     "vae_flow_wide": Recipe(
         "one layer of 40 latents, a flow prior of ten affine couplings, two gated layers of 500 each way",
         _finished_by_dreg(replace(_GATED, hidden=(500, 500), prior="flow")),
         (_VAMPPRIOR, _EXEMPLAR, _REALNVP),
-        f"the prior and the widths; {_gated_differs(300)}; 30 epochs more on L_8",
     ),
-    # The guide of Sønderby et al. It ends with the importance-weighted bound's plain gradient: the doubly
-    # reparametrized one leaves out the score of the prior's layer in the guide alone, which is large where that layer
-    # is narrow.
+    # The guide of Sønderby et al., which weighs by precisions; the HVAE's does not. They have five layers of 64, 32,
+    # 16, 8 and 4 latents, batch normalization, batches of 256 at 1e-3, a warm-up of 200, and another draw of the test
+    # set. It ends with the importance-weighted bound's plain gradient: the doubly reparametrized one leaves out the
+    # score of the prior's layer in the guide alone, which is large where that layer is narrow.
     "ladder": Recipe(
         "two layers of 40 latents, top-down, a flow prior on top, gated layers of 300",
         (_LADDER[0], replace(_LADDER[1], objective="iwae")),
@@ -221,16 +201,12 @@ RECIPES = {
             Published(-81.22, 0.05, f"HVAE, Exemplar prior: {_NOROUZI}, dynamic MNIST"),
             Published(-81.20, None, f"ladder VAE, five layers, fine-tuned: {_SONDERBY}"),
         ),
-        f"the prior; a guide that weighs by precisions, which the HVAE's does not; {_gated_differs(300)}; "
-        "30 epochs more on L_8. Sønderby et al. have five layers of 64, 32, 16, 8 and 4 latents, batch normalization, "
-        "batches of 256 at 1e-3 and a warm-up of 200; tested on the draw of Tomczak and Welling, which is not theirs",
     ),
     # Ours, held against Tomczak and Welling, Table 1, and a prior of the same kind behind convolutions.
     "static_flow": Recipe(
         "one layer of 40 latents, a flow prior of ten affine couplings, two gated layers of 300 each way, static MNIST",
         _finished_by_dreg(replace(_GATED, dataset="static-mnist", epochs=100, prior="flow")),
         (Published(-85.57, None, f"VAE, VampPrior: {_TOMCZAK}, Table 1"), _REALNVP_STATIC),
-        f"the prior; {_gated_differs(100)}; 30 epochs more on L_8",
     ),
 }
 

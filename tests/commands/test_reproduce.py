@@ -38,7 +38,7 @@ def tiny(stages, monkeypatch):
     """A recipe of bars in two stages, the second of which can hardly move the weights; its figures take no time."""
     monkeypatch.setattr(reproduction, "write_figures", lambda run, say: None)
     published = (Published(-20.0, 0.5, "bars: nobody"),)
-    recipe = Recipe("bars", stages, published, "nothing", particles=10)
+    recipe = Recipe("bars", stages, published, particles=10)
     monkeypatch.setitem(recipes.RECIPES, "tiny", recipe)
     return recipe
 
@@ -55,7 +55,7 @@ def reproduced(folder, **asked):
 def undisturbed(stages, tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(recipes.RECIPES, "tiny", Recipe("bars", stages, (), "nothing", particles=10))
+        patch.setitem(recipes.RECIPES, "tiny", Recipe("bars", stages, (), particles=10))
         row, said = reproduced(folder)
     return folder, row, said
 

@@ -232,12 +232,6 @@ def extended(first: tuple[Path, Done], run: Run, tmp_path_factory: pytest.TempPa
 def test_an_extended_run_keeps_what_it_had_and_goes_on(first: tuple[Path, Done], extended: tuple[Path, Done]) -> None:
     assert records(extended[0])[:2] == records(first[0])
     assert [record["step"] for record in records(extended[0])] == [3, 6, 9, 12]
-
-
-@pytest.mark.thorough
-def test_an_extended_run_has_its_new_epochs_in_its_config(
-    first: tuple[Path, Done], extended: tuple[Path, Done]
-) -> None:
     expected = read(first[0] / "config.json")
     expected["options"]["epochs"] = 4
     assert read(extended[0] / "config.json") == expected

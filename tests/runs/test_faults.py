@@ -114,34 +114,6 @@ def numbers_of_what_is_there(folder: Path) -> dict[str, Any]:
     return numbers_of(folder)
 
 
-OTHER_COMMANDS = [
-    pytest.param(script, name, damage, id=f"{script}, {name}, {damage}", marks=pytest.mark.slow)
-    for script in (EVALUATE, FIGURES)
-    for name in FILES
-    for damage in damages((0.0, 0.1, 0.5, 1.0))
-    if name in HAS_DIGEST or not damage.startswith("a bit")
-]
-
-
-@pytest.mark.parametrize(("script", "name", "damage"), OTHER_COMMANDS)
-def test_a_damaged_run_is_evaluated_and_drawn_right_or_refused(
-    server: Server, whole: Path, copy: Path, script: str, name: str, damage: str
-) -> None:
-    words = ("--images", "25", "--num-particles", "200", "--seed", "0") if script == EVALUATE else ()
-    damages()[damage](copy / name)
-    done = server.run(script, copy, *words)
-    if done.code:
-        one_line(done, name)
-    elif script == EVALUATE:
-        expected, found = numbers_of(whole), numbers_of(copy) if name not in (METRICS, STATE) else None
-        entry = found[EVALUATION] if found else without_seconds(json.loads((copy / EVALUATION).read_text())["test"])
-        assert entry == expected[EVALUATION]
-
-
-def without_seconds(entry: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in entry.items() if "second" not in key}
-
-
 WEIGHTS = [
     pytest.param(name, damage, id=f"{name}, {damage}")
     for name in (CONFIG, MODEL)

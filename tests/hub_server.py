@@ -44,6 +44,7 @@ class Hub(ThreadingHTTPServer):
         self.repositories: dict[str, Repository] = {}
         self.large: dict[str, bytes] = {}
         self.asked: list[str] = []
+        self.is_full = False
 
     @property
     def url(self) -> str:
@@ -157,7 +158,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, {"transfer": "basic", "objects": objects})
 
     def store(self, body: bytes, oid: str) -> None:
-        if hashlib.sha256(body).hexdigest() == oid:
+        if self.server.is_full:
+            self._send(403, X_Error_Message="Storage limit reached")
+        elif hashlib.sha256(body).hexdigest() == oid:
             self.server.large[oid] = body
             self._send(200)
         else:

@@ -196,8 +196,8 @@ def export_run(options: Export, *, say: Say) -> Path:
     if options.push is not None:
         hub.check_push(options.push)
     run = open_without_data(find_run_folder(options.run_dir))
-    name = hub.get_name(options.run_dir) if hub.is_address(options.run_dir) else run.folder.resolve().name
-    folder = Path(options.output) if options.output is not None else Path("exports") / name
+    named = Path(hub.get_name(options.run_dir)) if hub.is_address(options.run_dir) else run.folder.resolve()
+    folder = Path(options.output) if options.output is not None else Path("exports") / named.name
     place = folder.resolve()  # where a link points to
     check_new(place, "--output")
     load(run.folder)  # weights that do not fit are found here, and not by whoever gets them

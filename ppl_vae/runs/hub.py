@@ -39,8 +39,8 @@ def download(address: str) -> Path:
 
 
 def get_name(address: str) -> str:
-    """The NAME in hf://USER/NAME."""
-    return _split_address(address)[0].partition("/")[2]
+    """The USER/NAME in an address."""
+    return _split_address(address)[0]
 
 
 def check_push(name: str) -> None:
@@ -110,5 +110,5 @@ def _one_line(asker: str, kept: str = "") -> Iterator[None]:
             f"{asker}: expected a repository of {constants.ENDPOINT} that you may read, got none; a private one needs "
             f"your token (`hf auth login`, or HF_TOKEN){kept}"
         ) from None
-    except (OSError, errors.HTTPError) as error:  # a refusal of the Hub, or no connection
+    except (OSError, errors.HTTPError, RuntimeError) as error:  # a refusal, no connection, or a file that was not taken
         raise ValueError(f"{asker}: {constants.ENDPOINT} cannot be used: {first_line(error)}{kept}") from None

@@ -124,9 +124,9 @@ def find_run_folder(run_dir: str | Path) -> Path:
 
 
 def copy_pretrained(run_dir: str, say: Callable[[str], None]) -> Path:
-    """The run's folder. A pretrained run, of the package or of the Hub, is first copied to runs/NAME.
+    """The run's folder. A pretrained run is first copied to runs/NAME, and one of the Hub to runs/USER/NAME.
 
-    Neither the package nor the Hub's cache is written to. Raises ValueError where runs/NAME is another run.
+    Neither the package nor the Hub's cache is written to. Raises ValueError where another run is in that place.
     """
     folder = find_run_folder(run_dir)
     if hub.is_address(run_dir):

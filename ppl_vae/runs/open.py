@@ -111,8 +111,8 @@ def open_run(
     """Opens a run with its data. Raises ValueError for a damaged one, or other data than it was trained on.
 
     Args:
-        run_dir: The run's folder, or a pretrained run by its name or its address on the Hub, which is copied to
-            runs/NAME and opened there.
+        run_dir: The run's folder, or a pretrained run by its name or its address on the Hub, which is copied below
+            runs and opened there.
         dataset: The place of the run's own data, if it has moved.
         data_dir: The folder of the named data sets, if it has moved.
         like: A run that is open already, whose data is shared if it is the same.

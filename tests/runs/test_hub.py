@@ -103,7 +103,7 @@ def test_commands_take_an_address_and_write_beside_the_cache(hub: Hub, run: Path
     load(f"hf://{MODEL}")
     before = sorted((tmp_path / "cache").rglob("*"))
     asked = Sample(f"hf://{MODEL}", num_samples=2, device="cpu", seed=0)
-    assert sample_run(asked, say=silent) == Path("runs/digits/samples")
+    assert sample_run(asked, say=silent) == Path("runs", MODEL, "samples")
     entry = evaluate_run(Evaluate(f"hf://{MODEL}", num_particles=3, images=5, device="cpu"), say=silent)
     assert entry.log_likelihood is not None
     stored = runs.read_evaluations(run)["test"]["log_likelihood"]
@@ -177,6 +177,14 @@ def test_a_refused_push_leaves_the_export_and_says_how_to_send_it(hub: Hub, run:
     assert len(str(caught.value).splitlines()) == 1
     assert is_same_model("out", run)
     assert hub.repositories == {}
+
+
+def test_weights_that_are_not_taken_leave_the_repository_as_it_was(hub: Hub, run: Path) -> None:
+    hub.is_full = True
+    with pytest.raises(ValueError, match="the export is whole in out") as caught:
+        push(run)
+    assert len(str(caught.value).splitlines()) == 1
+    assert hub.files(MODEL) == {}
 
 
 def test_a_hub_that_does_not_answer_is_named(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

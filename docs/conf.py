@@ -2,6 +2,9 @@
 
 import re
 
+from docutils import nodes
+from latex2mathml.converter import convert
+
 project = "ppl_vae"
 author = "ppl_vae contributors"
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
@@ -13,6 +16,7 @@ html_title = "ppl_vae"
 html_static_path = ["static"]
 html_css_files = ["manual.css"]
 html_copy_source = False
+html_math_renderer = "mathml"  # which browsers draw without a script from the network
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
 suppress_warnings = ["ref.python", "ref.term", "ref.ref"]  # names in docstrings that more than one module defines
@@ -48,5 +52,15 @@ def mark_up(app, what, name, obj, options, lines):
     lines[:] = marked
 
 
+def write_mathml(translator, node):
+    """An equation as MathML."""
+    is_block = isinstance(node, nodes.math_block)
+    equation = convert(node.astext(), display="block" if is_block else "inline")
+    equation = re.sub(r"(?<!<msub>)<mi>log</mi>", r'\g<0><mspace width="0.17em"/>', equation)
+    translator.body.append(f'<div class="equation">{equation}</div>' if is_block else equation)
+    raise nodes.SkipNode
+
+
 def setup(app):
+    app.add_html_math_renderer("mathml", (write_mathml, None), (write_mathml, None))
     app.connect("autodoc-process-docstring", mark_up, priority=1)  # before napoleon's

@@ -14,7 +14,7 @@ from ppl_vae.runtime.process import run_script
 
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "docs" / "_build"
-EXTRAS = ("sphinx", "myst_nb", "furo")
+EXTRAS = ("sphinx", "myst_nb", "furo", "latex2mathml")
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Docs(CheckedOptions):
     """Refresh the tables of README.md and docs/ from scripts/results, and build the manual if Sphinx is there."""
 
     check: bool = option(False, "change nothing: fail if a table is not the one that would be made", BOOLEAN)
-    html: bool = option(False, "fail, instead of leaving the pages out, if Sphinx, MyST-NB or furo is missing", BOOLEAN)
+    html: bool = option(False, "fail, instead of leaving the pages out, if the extra docs is not installed", BOOLEAN)
     output: str = option("docs/_build/html", "folder of the HTML pages, from the project's folder")
 
 
@@ -46,7 +46,7 @@ def main() -> None:
     elif asked.html:
         raise ValueError(f"expected {', '.join(EXTRAS)}, got no {missing[0]}; pip install -e '.[docs]' brings them")
     else:
-        print("No HTML pages: pip install -e '.[docs]' brings Sphinx, MyST-NB and furo")
+        print("No HTML pages: pip install -e '.[docs]' brings Sphinx, and what the manual needs")
 
 
 def build(output: Path) -> None:

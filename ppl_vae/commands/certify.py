@@ -26,7 +26,7 @@ from ppl_vae.runs.certificates import CERTIFICATE, AISSummary, Certificate, Cert
 from ppl_vae.runs.checkpoints import BlockStore, StageResults
 from ppl_vae.runs.files import JsonObject
 from ppl_vae.runs.open import Run, Say, check_density, check_images, load_evaluated_vae, open_run
-from ppl_vae.runs.outputs import make_folder, write_figure
+from ppl_vae.runs.outputs import make_parent, write_figure
 from ppl_vae.runs.resolve import data_options, decide_compile, find_device
 from ppl_vae.runs.results import to_json
 from ppl_vae.runtime.process import stop_on_signals
@@ -105,8 +105,7 @@ def _check_before_work(run: Run, options: Certify) -> None:
     (run.folder / runs.FIGURES).mkdir(exist_ok=True)
     if options.output is not None:
         certificates.read_certificates(Path(options.output))
-        make_folder(Path(options.output).parent, "--output")
-        runs.check_writable(Path(options.output).parent)
+        make_parent(Path(options.output))
     if options.against_data_dir is not None and options.against is None:
         raise ValueError("--against-data-dir: expected it together with --against, got it alone")
 

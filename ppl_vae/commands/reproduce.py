@@ -17,7 +17,7 @@ from ppl_vae.runs.build import count_weights
 from ppl_vae.runs.files import JsonObject
 from ppl_vae.runs.open import Run, Say
 from ppl_vae.runs.options import PLACES, Options, format_flag
-from ppl_vae.runs.outputs import make_folder
+from ppl_vae.runs.outputs import make_parent
 from ppl_vae.runs.recipes import (
     RECIPES,
     Budget,
@@ -71,7 +71,7 @@ def reproduce_recipe(options: Reproduce, *, say: Say) -> Reproduction:
         stages[parent / str(place)] = replace(stage, **changes)
     read_reproductions(Path(options.output))
     check_runs(stages, load_splits(next(iter(stages.values()))), free=frozenset({"start_from"}))
-    make_folder(Path(options.output).parent, "--output")
+    make_parent(Path(options.output))
     run = None
     for folder, stage in stages.items():
         say(f"{options.name}, stage {folder.name} of {len(stages)}: {stage.epochs:,} epochs.")

@@ -20,13 +20,13 @@ from ppl_vae.evidence.estimate import bound_difference
 from ppl_vae.parts.registry import DENSE_NETWORKS, LIKELIHOODS
 from ppl_vae.reports.run_figures import write_likelihood_figure
 from ppl_vae.reports.text.comparison import describe_likelihood_table, describe_network_table
-from ppl_vae.runs.build import build_likelihood, build_meta_vae, build_vae, count_weights, is_autoencoder
+from ppl_vae.runs.build import build_likelihood, build_meta_vae, build_vae, count_weights
 from ppl_vae.runs.command_results import LikelihoodRow, NetworkRow, PairedRow
 from ppl_vae.runs.files import JsonObject
 from ppl_vae.runs.load import read_config
 from ppl_vae.runs.open import Run, Say, open_run
 from ppl_vae.runs.options import Options
-from ppl_vae.runs.outputs import is_empty, make_folder
+from ppl_vae.runs.outputs import is_empty, make_parent
 from ppl_vae.runs.resolve import (
     choose_pixels,
     describe_scale,
@@ -38,14 +38,6 @@ from ppl_vae.runs.resolve import (
 from ppl_vae.runs.results import PerImage, read_evaluation, read_per_image, to_json
 from ppl_vae.runtime.errors import NotFinite
 from ppl_vae.training import Callbacks, fit
-
-
-def check_has_density(options: Options) -> None:
-    """Raises ValueError for an autoencoder: it has no log p(x), by which a table is ranked."""
-    if is_autoencoder(options):
-        raise ValueError(
-            f"--posterior {options.posterior}: expected a density q(z | x) for a table of log p(x), got an autoencoder"
-        )
 
 
 def check_runs(asked: Mapping[Path, Options], splits: data.Splits, *, free: frozenset[str] = frozenset()) -> None:
@@ -124,15 +116,6 @@ def run_likelihoods(options: CompareLikelihoods, *, say: Say) -> None:
     compare_likelihoods(options.likelihoods, asked, run_dir=run_dir, output=options.output, say=say)
 
 
-def _check_output(output: str | None) -> None:
-    """Checks before the work that the table can be written. Raises ValueError for a folder in the file's place."""
-    if output is None:
-        return
-    if Path(output).is_dir():
-        raise ValueError(f"--output: expected a JSON file, got the folder {output}")
-    make_folder(Path(output).parent, "--output")
-
-
 def _write_table(output: str | None, device: str, table: JsonObject) -> None:
     """Writes a table with what it was made with, where it was asked for."""
     if output is not None:
@@ -153,13 +136,13 @@ def compare_likelihoods(
 
     Raises ValueError before any training, for likelihoods on two scales and as ``check_runs``.
     """
-    check_has_density(options)
     splits = load_splits(options)
     words = fitting_likelihoods(options, splits) if likelihoods is None else list(likelihoods)
     asked = {Path(run_dir) / word: replace(options, likelihood=word) for word in words}
     scale = _check_likelihoods(list(asked.values()), splits)
     check_runs(asked, splits)
-    _check_output(output)
+    if output is not None:
+        make_parent(Path(output))
     say(f"{len(words)} likelihoods, compared by the {scale}: {', '.join(words)}")
     opened: list[Run] = []
     rows, failed = [], {}
@@ -306,7 +289,6 @@ def compare_networks(
 
     Raises ValueError before any training, for convolutional networks alone on a table and as ``check_runs``.
     """
-    check_has_density(options)
     splits = load_splits(options)
     if len(splits.event_shape) == 1 and set(networks) - set(DENSE_NETWORKS):
         say("The data is a table: convolutional networks are left out.")
@@ -315,7 +297,8 @@ def compare_networks(
             raise ValueError(f"--networks: expected one of {', '.join(DENSE_NETWORKS)} for a table, got none of them")
     asked = {Path(run_dir) / network: replace(options, network=network) for network in networks}
     check_runs(asked, splits, free=frozenset({"epochs", "warmup_epochs"}))
-    _check_output(output)
+    if output is not None:
+        make_parent(Path(output))
     rows = []
     for folder, own in asked.items():
         if not (folder / runs.CONFIG).exists():

@@ -160,7 +160,6 @@ def is_whole(path: Path) -> bool:
 # --- Finished blocks of an evaluation or a certificate ---
 
 _SECONDS_BETWEEN_WRITES = 10.0
-_MOST_TIME_OF_WRITING = 0.02  # share of the work's time, for files so large that a write takes long
 
 Identities = Mapping[str, Mapping[str, object]]  # by stage, JSON of everything that decides its numbers
 
@@ -210,11 +209,9 @@ class BlockStore:
         stage = self._stages[self._current]
         stage.rows[first : first + len(rows)] = rows.cpu()
         stage.is_done[first // stage.block_size] = True
-        now = time.monotonic()
-        if now >= self._next_write:
+        if time.monotonic() >= self._next_write:
             self.write()
-            took = time.monotonic() - now
-            self._next_write = now + took + max(_SECONDS_BETWEEN_WRITES, took / _MOST_TIME_OF_WRITING)
+            self._next_write = time.monotonic() + _SECONDS_BETWEEN_WRITES
 
     def num_finished(self, stage: str) -> int:
         """How many items of an opened stage are finished."""

@@ -82,6 +82,6 @@ def test_a_table_leaves_convolutional_networks_out_and_refuses_them_alone(option
 
 
 def test_a_folder_in_the_place_of_the_table_is_refused_before_any_training(options, tmp_path):
-    with pytest.raises(ValueError, match="--output: expected a JSON file, got the folder"):
+    with pytest.raises(ValueError, match="--output: expected a file, got the folder"):
         compare(options, tmp_path, output=str(tmp_path))
     assert not (tmp_path / "runs").exists()

@@ -166,7 +166,6 @@ def trained(tmp_path_factory):
 def folder(trained, tmp_path, monkeypatch):
     """A trained run; groups of 3 images at S = 30, and a write after each."""
     monkeypatch.setattr(checkpoints, "_SECONDS_BETWEEN_WRITES", 0.0)
-    monkeypatch.setattr(checkpoints, "_MOST_TIME_OF_WRITING", math.inf)
     monkeypatch.setitem(batching.PASS_BYTES, "cpu", 100 * 4 * 6 * 64)
     return Path(shutil.copytree(trained, tmp_path / "run"))
 
@@ -212,7 +211,7 @@ from ppl_vae.commands.options import Evaluate
 from ppl_vae.evidence import evaluation
 from ppl_vae.runtime import batching
 from ppl_vae.runs import checkpoints
-checkpoints._SECONDS_BETWEEN_WRITES, checkpoints._MOST_TIME_OF_WRITING = 0.0, float("inf")
+checkpoints._SECONDS_BETWEEN_WRITES = 0.0
 batching.PASS_BYTES["cpu"] = 100 * 4 * 6 * 64
 add, seen = checkpoints.BlockStore.add, []
 def add_and_die(self, first, rows):

@@ -12,10 +12,6 @@ from ppl_vae.reports.text.diagnosis import describe_calibration
 from ppl_vae.runs.command_results import ComparedPair, Comparison, LikelihoodRow, NetworkRow
 from ppl_vae.runs.recipes import Published, Recipe, Reproduction
 
-# With fewer differences their mean is not yet close to normal unless they are. Source: a rule of thumb.
-_FEW_IMAGES = 30
-
-
 # --- Runs on the same images ---
 
 
@@ -38,34 +34,28 @@ def compare_in_words(name: str, baseline: str, found: PairedDifference) -> str:
 
 def describe_comparison(found: Comparison) -> list[str]:
     """A comparison of runs, line by line."""
-    S = found.num_particles
     stored = "taken from the runs' stored evaluations, which are of exactly this kind"
     lines = [comparison_title(found), f"  {stored if found.stored_evaluations else 'evaluated now'}"]
     for run in found.runs:
         bits = f" ({run.bits_per_dim.mean:.4f} bits per dimension)" if run.bits_per_dim else ""
-        gained = "" if run.rise is None or math.isnan(run.rise) else f"; ten times the particles gained {run.rise:.3f}"
-        lines.append(f"  {run.name}: bound L_{S} {plus_minus(run.log_likelihood)} nats per image{bits}{gained}")
+        lines.append(
+            f"  {run.name}: bound L_{found.num_particles} {plus_minus(run.log_likelihood)} nats per image{bits}; ten "
+            f"times the particles gained {format_number(run.rise, 3)}"
+        )
     for pair in found.comparisons:
-        lines += [pair.verdict, _describe_errors(pair), _describe_log_p(pair)]
-    if len(found.comparisons) > 1:
-        lines.append(f"{len(found.comparisons)} comparisons: all their intervals hold at once with {CONFIDENCE:.0%}.")
-    if found.num_images < _FEW_IMAGES:
-        lines.append(f"Fewer than {_FEW_IMAGES} images: the intervals are rough.")
+        errors = (
+            f"  ± is the standard error over images, paired; unpaired it would be {pair.unpaired_stderr:.3f}. Within "
+            f"it, the particles' Monte Carlo error is {format_number(pair.monte_carlo_stderr, 3)} (the delta method's, "
+            "a floor)"
+        )
+        lines += [pair.verdict, errors, _describe_log_p(pair)]
     low, high = SEED_NATS
     return [
         *lines,
+        f"All intervals hold at once with {CONFIDENCE:.0%}; those of fewer than 30 images are rough.",
         "One training each: these trained models are compared, not methods. Another seed moves a VAE by "
         f"{low} to {high} nats, so a claim about methods under {high} nats needs several seeds of each.",
     ]
-
-
-def _describe_errors(pair: ComparedPair) -> str:
-    noise = pair.monte_carlo_stderr
-    seen = "not known at S = 1" if math.isnan(noise) else f"{noise:.3f} (the delta method's, a floor)"
-    return (
-        f"  ± is the standard error over images, paired; unpaired it would be {pair.unpaired_stderr:.3f}. "
-        f"Within it, the particles' Monte Carlo error is {seen}"
-    )
 
 
 def _describe_log_p(pair: ComparedPair) -> str:

@@ -20,9 +20,11 @@ from ppl_vae.parts.registry import NETWORKS, OBJECTIVES, POSTERIORS, PRIORS
 from ppl_vae.reports.text import markdown_table as markdown
 from ppl_vae.reports.text import plus_minus
 from ppl_vae.reports.text.comparison import reproduction_table, seeds_table
+from ppl_vae.reports.text.compression import compression_table
 from ppl_vae.reports.text.diagnosis import describe_numbers, describe_verdicts
 from ppl_vae.reports.text.evaluation import certificate_table, describe_evaluation
 from ppl_vae.runs.certificates import read_certificates
+from ppl_vae.runs.command_results import Compression
 from ppl_vae.runs.options import format_flag
 from ppl_vae.runs.recipes import Reproduction, read_reproductions
 from ppl_vae.runs.results import Diagnosis, Evaluation, from_json
@@ -102,6 +104,10 @@ def likelihoods() -> str:
 
 def likelihood_steps() -> str:
     return "\n".join(likelihood_table(stored("likelihood_steps")["likelihoods"]))
+
+
+def compression() -> str:
+    return compression_table([from_json(Compression, row) for row in stored("compression")])
 
 
 def networks() -> str:
@@ -328,6 +334,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "diagnosis": diagnosis,
     "likelihoods": likelihoods,
     "likelihood-steps": likelihood_steps,
+    "compression": compression,
     "networks": networks,
     "fifteen-minutes": fifteen_minutes,
     "published-ours": published_ours,

@@ -227,6 +227,26 @@ class Impute(_Seeded, _RunWithData):
 
 
 @dataclass(frozen=True)
+class Compress(_RunWithData):
+    """Write images of a run as a file of about -log2 p(x) bits."""
+
+    split: str = _split("test")
+    images: int | None = _images(None)
+    num_particles: int = option(1, "K of importance-weighted bits-back; more is shorter and slower", POSITIVE_INTEGER)
+    seed: int = option(0, "of the initial bits, and of a binarization that draws anew", NON_NEGATIVE_INTEGER)
+    output: str | None = option(None, "the file (default: SPLIT.bits in the run's folder)")
+
+
+@dataclass(frozen=True)
+class Decompress(CheckedOptions):
+    """Decode a file of compressed images."""
+
+    file: str = option(REQUIRED, "a file that compress wrote", positional=True)
+    output: str | None = option(None, "an .npy file of the images (default: FILE.npy)")
+    run_dir: str | None = option(None, "the run, where it has moved")
+
+
+@dataclass(frozen=True)
 class Diagnose(_Seeded, _RunWithData):
     """Say what went right or wrong in a run, with evidence and a cure."""
 
@@ -354,6 +374,8 @@ COMMANDS = {
     "sample": Command("commands.latents:sample_run", Sample),
     "encode": Command("commands.latents:encode_images", Encode),
     "impute": Command("commands.latents:impute_images", Impute),
+    "compress": Command("commands.compress:compress_run", Compress),
+    "decompress": Command("commands.compress:decompress_file", Decompress),
     "reproduce": Command("commands.reproduce:run", Reproduce),
     "study": Command("study.run:run", RunStudy),
     "export": Command("commands.report:export_run", Export),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ppl_vae.evidence.estimate import Estimate, ImagesMean
@@ -176,3 +177,34 @@ class ImputationSummary(GivenImages):
     hide: str | None
     num_draws: int  # of the missing pixels of each image
     per_image: tuple[ImputedImage, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compression(Provenance):
+    """Images as a file of bits. Nats per image unless the name says otherwise."""
+
+    run: str
+    split: str
+    num_images: int
+    num_dims: int  # pixels of an image, or columns
+    num_particles: int  # K of importance-weighted bits-back
+    seed: int
+    step: int
+    num_bytes: int  # of the file
+    initial_bytes: int  # of bits that were there before the first image, and come back
+    bits_per_dim: float  # of all bytes without the initial ones
+    bound: Estimate  # the ELBO, or L_K, with draws of its own
+    coded_bound: Estimate  # the same at the latents that were coded
+    coded_nats: float  # of the bits alone, without the header
+    other_formats: dict[str, int]  # bytes
+    seconds: float  # of compressing
+
+    @property
+    def excess(self) -> float:
+        """By how much the file is longer than the bound predicts, as a share."""
+        return self.bits_per_dim * self.num_dims * math.log(2) / -self.bound.mean - 1
+
+    @property
+    def coding_cost(self) -> float:
+        """By how much the bits are more than the coded latents' log-weights, as a share: cells, rounding, precision."""
+        return self.coded_nats / -self.coded_bound.mean - 1

@@ -1,0 +1,235 @@
+"""Images of a run as a file of about -log2 p(x) bits, and back."""
+
+from __future__ import annotations
+
+import io
+import lzma
+import math
+import os
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from ppl_vae import runs
+from ppl_vae.commands.options import Compress, Decompress
+from ppl_vae.evidence.compression import Code, compress, compute_fingerprint, decompress
+from ppl_vae.evidence.estimate import Estimate
+from ppl_vae.evidence.evaluation import evaluate
+from ppl_vae.reports.text.compression import describe_compression
+from ppl_vae.runs.build import build_likelihood
+from ppl_vae.runs.coded_file import CodedFile, Digest, count_runs, describe_versions, read_coded_file
+from ppl_vae.runs.command_results import Compression
+from ppl_vae.runs.files import add_file_name
+from ppl_vae.runs.load import find_run_folder, load
+from ppl_vae.runs.open import Say, check_density, load_given_images, open_run
+from ppl_vae.runs.results import to_json
+from ppl_vae.runtime.process import progress_bar
+from ppl_vae.vae import VAE
+
+_ELBO_PARTICLES = 16  # of the rate that the ELBO predicts
+_SHEET = 32  # images in a row, and rows, of one picture in another format
+
+
+def compress_run(options: Compress, *, say: Say) -> Compression:
+    """Writes images of a split as a file, and a JSON file of its rate beside it, and prints the rate.
+
+    The rate is compared with the one that the ELBO, or the bound L_K, of the same images predicts, and with other
+    formats of the same images. Refuses densities.
+    """
+    run = open_run(options.run_dir, dataset=options.dataset, data_dir=options.data_dir, say=say)
+    check_density(run, "latents to code")
+    if build_likelihood(run.options, run.splits.event_shape).measure != "mass":
+        raise ValueError(
+            f"{run.folder}: expected a likelihood that is a mass, got {run.options.likelihood}, a density: it gives "
+            "numbers no code of finite length"
+        )
+    vae, K = load(run.folder), options.num_particles
+    given = load_given_images(run, options.split, most=options.images, seed=options.seed)
+    x, output = given.x, _check_folder(Path(options.output or run.folder / f"{options.split}.bits"))
+    started = time.monotonic()
+    with progress_bar(total=len(x), unit="image", desc="compressing") as bar:
+        code = compress(vae, x, num_particles=K, seed=options.seed, progress=bar.update)
+    seconds = time.monotonic() - started
+    coded = _make_file(options, vae, x, code)
+    num_bytes = coded.write(output)
+    with progress_bar(total=len(x), unit="image", desc="the rate to expect") as bar:
+        found = evaluate(vae, x, num_particles=K if K > 1 else _ELBO_PARTICLES, seed=options.seed, progress=bar.update)
+    per_dim = len(x) * x[0].numel() * math.log(2)
+    log_weights = torch.from_numpy(code.log_weights)
+    result = Compression(
+        **vars(run.provenance),
+        run=run.folder.name,
+        split=options.split,
+        num_images=len(x),
+        num_dims=x[0].numel(),
+        num_particles=K,
+        seed=options.seed,
+        step=runs.load_step(run.folder / runs.MODEL),
+        num_bytes=num_bytes,
+        initial_bytes=4 * code.initial_words,
+        bits_per_dim=8 * (num_bytes - 4 * code.initial_words) * math.log(2) / per_dim,
+        bound=Estimate.mean_of(found.log_evidence if K > 1 else found.elbo, K),
+        coded_bound=Estimate.mean_of(log_weights, K),
+        coded_nats=code.net_bits * math.log(2) / len(x),
+        other_formats=measure_other_formats(x.to(torch.uint8) if coded.largest < 256 else x.int()),
+        seconds=seconds,
+    )
+    runs.write_json(output.with_name(output.name + ".json"), to_json(result))
+    for line in describe_compression(result):
+        say(line)
+    say(f"In {output}: {num_bytes:,} bytes; ppl-vae decompress {output} gives the images back")
+    return result
+
+
+def decompress_file(options: Decompress, *, say: Say) -> Path:
+    """Decodes a file of ``compress_run`` into an .npy file of whole numbers (N, *E), and returns its path.
+
+    Raises ValueError, and leaves no file: the file is damaged, the run has other weights, this machine computes other
+    numbers from them than the one that wrote the file, or the decoded images are not those that were compressed.
+    """
+    path = Path(options.file)
+    coded = read_coded_file(path)
+    folder = find_run_folder(options.run_dir or coded.run)
+    if not folder.exists():
+        raise ValueError(f"{path}: its run, {coded.run}, is not there; --run-dir says where it is now")
+    vae = load(folder)
+    if _digest_weights(vae) != coded.weights:
+        raise ValueError(f"{path}: expected the weights that it was compressed with, got others in {folder}")
+    if _digest_numbers(vae, coded.largest) != coded.numbers:
+        raise ValueError(
+            f"{path}: this machine computes other numbers from the same weights ({describe_versions()}) than the one "
+            f"that wrote it ({coded.versions}), and cannot decode it"
+        )
+    output = _check_folder(Path(options.output or path.with_name(path.name + ".npy")))
+    num_images, place, digest = sum(coded.group_sizes), 0, Digest()
+    code = Code(coded.words, coded.initial_words, coded.group_sizes, np.zeros(0))
+    arguments = {"largest": coded.largest, "num_particles": coded.num_particles, "seed": coded.seed}
+    with (
+        _open_array(output, (num_images, *coded.event_shape), coded.dtype) as array,
+        progress_bar(total=num_images, unit="image", desc="decompressing") as bar,
+    ):
+        try:
+            for x in decompress(vae, code, event_shape=coded.event_shape, **arguments):
+                array[place : place + len(x)] = x.numpy().astype(coded.dtype)
+                digest.update(array[place : place + len(x)])
+                place += len(x)
+                bar.update(len(x))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        if digest.hex != coded.images:
+            raise ValueError(f"{path}: the decoded images are not those that were compressed: their digest differs")
+    say(f"{num_images:,} images from {path}, equal to those that were compressed, in {output}")
+    return output
+
+
+def _check_folder(output: Path) -> Path:
+    """The path of a file that is written after all the work, if there is a folder for it."""
+    if not output.parent.is_dir() or output.is_dir():
+        raise ValueError(f"--output: expected a file in a folder that exists, got {output}")
+    return output
+
+
+def _make_file(options: Compress, vae: VAE, x: Tensor, code: Code) -> CodedFile:
+    largest = int(x.max())
+    dtype, digest = np.min_scalar_type(largest), Digest()
+    for part in x.split(1000):
+        digest.update(part.numpy().astype(dtype))
+    return CodedFile(
+        run=options.run_dir,
+        weights=_digest_weights(vae),
+        images=digest.hex,
+        numbers=_digest_numbers(vae, largest),
+        versions=describe_versions(),
+        event_shape=tuple(x.shape[1:]),
+        largest=largest,
+        num_particles=options.num_particles,
+        seed=options.seed,
+        initial_words=code.initial_words,
+        sizes=count_runs(code.sizes),
+        words=code.words,
+    )
+
+
+def _digest_weights(vae: VAE) -> str:
+    digest = Digest()
+    for _, w in sorted(vae.state_dict().items()):
+        digest.update(w)
+    return digest.hex
+
+
+def _digest_numbers(vae: VAE, largest: int) -> str:
+    digest = Digest()
+    for values in compute_fingerprint(vae, largest=largest):
+        digest.update(values)
+    return digest.hex
+
+
+@contextmanager
+def _open_array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Iterator[NDArray[Any]]:
+    """An .npy file that is filled in on disk, and takes its name if the block ends without an error."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        array = np.lib.format.open_memmap(partial, mode="w+", dtype=dtype, shape=shape)
+        yield array
+        array.flush()
+        del array
+        os.replace(partial, path)
+    except BaseException as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise add_file_name(error, path) from None
+        raise
+
+
+# --- Other formats ---
+
+
+def measure_other_formats(x: Tensor) -> dict[str, int]:
+    """Bytes of the same images in other formats: gzip and xz of the array, and sheets of 32 x 32 images as pictures.
+
+    Zeros and ones are packed, eight in a byte; a table has no pictures.
+
+    Args:
+        x: (N, *E) whole numbers.
+    """
+    is_binary = bool(x.max() <= 1)
+    sizes = {"gzip": 0, "xz": 0}
+    gzip, xz = zlib.compressobj(9, zlib.DEFLATED, 31), lzma.LZMACompressor(preset=9 | lzma.PRESET_EXTREME)
+    for part in x.split(8192):
+        content = (np.packbits(part.bool().numpy()) if is_binary else part.numpy()).tobytes()
+        sizes["gzip"] += len(gzip.compress(content))
+        sizes["xz"] += len(xz.compress(content))
+    sizes["gzip"] += len(gzip.flush())
+    sizes["xz"] += len(xz.flush())
+    if x.dtype == torch.uint8 and x.dim() == 4 and x.shape[1] in (1, 3):
+        sheets = [_draw_sheet(part, is_binary) for part in x.split(_SHEET * _SHEET)]
+        sizes["PNG"] = sum(_measure_picture(sheet, "PNG", optimize=True) for sheet in sheets)
+        pictures = [sheet.convert("RGB") for sheet in sheets]
+        sizes["WebP"] = sum(_measure_picture(one, "WebP", lossless=True, quality=100, method=6) for one in pictures)
+    return sizes
+
+
+def _draw_sheet(x: Tensor, is_binary: bool) -> Image.Image:
+    n, (C, H, W) = len(x), x.shape[1:]
+    columns, rows = min(n, _SHEET), math.ceil(n / _SHEET)
+    sheet = x.new_zeros(rows * columns, C, H, W)
+    sheet[:n] = 255 * x if is_binary else x
+    array = sheet.reshape(rows, columns, C, H, W).permute(0, 3, 1, 4, 2).reshape(rows * H, columns * W, C).numpy()
+    picture = Image.fromarray(array.squeeze(-1) if C == 1 else array)
+    return picture.convert("1", dither=Image.Dither.NONE) if is_binary and C == 1 else picture
+
+
+def _measure_picture(picture: Image.Image, name: str, **options: int) -> int:
+    file = io.BytesIO()
+    picture.save(file, name, **options)
+    return len(file.getvalue())

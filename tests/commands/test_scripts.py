@@ -6,8 +6,10 @@ import json
 import math
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -232,9 +234,29 @@ def extended(first: tuple[Path, Done], run: Run, tmp_path_factory: pytest.TempPa
 def test_an_extended_run_keeps_what_it_had_and_goes_on(first: tuple[Path, Done], extended: tuple[Path, Done]) -> None:
     assert records(extended[0])[:2] == records(first[0])
     assert [record["step"] for record in records(extended[0])] == [3, 6, 9, 12]
+
+
+@pytest.mark.thorough
+def test_an_extended_run_has_its_new_epochs_in_its_config(
+    first: tuple[Path, Done], extended: tuple[Path, Done]
+) -> None:
     expected = read(first[0] / "config.json")
     expected["options"]["epochs"] = 4
     assert read(extended[0] / "config.json") == expected
+
+
+@pytest.mark.thorough
+def test_a_run_killed_before_its_evaluation_is_evaluated_without_training(
+    first: tuple[Path, Done], copy: Path, run: Run
+) -> None:
+    for name in EVALUATION:
+        (copy / name).unlink()
+    done = run(TRAIN, "--resume", copy)
+    assert (done.code, done.said, "Trained" in done.out) == (0, [], False)
+    expected = read(first[0] / "evaluation.json")["test"]
+    assert without_times(read(copy / "evaluation.json")["test"]) == without_times(expected)
+    changed = [*EVALUATION, *TABLE_FIGURES, "environment.json"]
+    assert contents(copy, but=changed) == contents(first[0], but=changed)
 
 
 def same_as_uninterrupted(folder: Path, whole: Path) -> None:
@@ -246,6 +268,18 @@ def same_as_uninterrupted(folder: Path, whole: Path) -> None:
     assert set(pictures(folder)) == set(pictures(whole))
     for name in set(pictures(folder)) & set(IMAGE_FIGURES):
         np.testing.assert_array_equal(pictures(folder)[name], pictures(whole)[name], err_msg=name)
+
+
+@pytest.mark.thorough
+def test_a_run_killed_before_its_first_checkpoint_starts_from_step_0(
+    first: tuple[Path, Done], copy: Path, run: Run
+) -> None:
+    for path in copy.iterdir():
+        if path.name not in ("config.json", "environment.json"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    done = run(TRAIN, "--resume", copy)
+    assert (done.code, done.said, "Going on" in done.out) == (0, [], False)
+    same_as_uninterrupted(copy, first[0])
 
 
 LEARNS = [*PLAIN_WORDS, "--hidden", "16", "--latent-dim", "2", "--epochs", "2", "--warmup-epochs", "0"]
@@ -272,6 +306,28 @@ def test_a_run_killed_once_any_number_of_its_files_is_in_place_goes_on_as_if_it_
     done = run(TRAIN, "--resume", tmp_path / "run")
     assert (done.code, done.said) == (0, [])
     same_as_uninterrupted(tmp_path / "run", uninterrupted)
+
+
+@pytest.mark.thorough
+def test_an_interrupted_run_stops_without_a_traceback_and_has_its_weights(datasets: Path, tmp_path: Path) -> None:
+    words = ["--dataset", "bits.npy", "--run-dir", str(tmp_path / "run"), *SMALL, "--epochs", "1000000"]
+    with subprocess.Popen(
+        [sys.executable, str(SCRIPTS / TRAIN), *words],
+        cwd=datasets,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+    ) as process:
+        patience = time.monotonic() + 120
+        while not (tmp_path / "run" / "model.safetensors").exists() and time.monotonic() < patience:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    (line,) = Done(process.returncode, out, err).said
+    assert process.returncode == 130
+    assert re.fullmatch(rf"interrupted: stopped at step [\d,]+; --resume {tmp_path / 'run'} goes on", line)
+    assert ppl_vae.load(tmp_path / "run").likelihood.event_shape == (16,)
 
 
 # --- What goes wrong: one line, a non-zero exit, no traceback ---
@@ -320,6 +376,14 @@ def drop(*keys: str) -> Callable[[Path], None]:
     return lambda folder: change_json(folder / "config.json", change)
 
 
+def to_both_states(damage: Callable[[str], Callable[[Path], Any]]) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        for name in ("training_state.safetensors", "training_state.previous.safetensors"):
+            damage(name)(folder)
+
+    return change
+
+
 RESUME = "train_svi.py --resume"
 EVERY = (EVALUATE, FIGURES, RESUME)
 BAD_RUNS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...], str]] = {
@@ -331,6 +395,7 @@ BAD_RUNS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...], str]] = {
     "a wrong event shape": (set_data("event_shape", [784]), (EVALUATE, FIGURES), r"(?i)shape"),
     "no weights yet": (remove("model.safetensors"), (EVALUATE, FIGURES), r"the run in .* has no weights yet"),
     "truncated weights": (truncate("model.safetensors"), (EVALUATE, FIGURES), r"model\.safetensors: damaged"),
+    "truncated states": (to_both_states(truncate), (RESUME,), r"training_state\.safetensors: damaged"),
     "evaluation damaged": (write("evaluation.json", "{"), (EVALUATE, RESUME), r"evaluation\.json: damaged: not JSON"),
     "evaluation a list": (
         write("evaluation.json", "[]"),

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +116,34 @@ def numbers_of_what_is_there(folder: Path) -> dict[str, Any]:
     return numbers_of(folder)
 
 
+OTHER_COMMANDS = [
+    pytest.param(script, name, damage, id=f"{script}, {name}, {damage}", marks=pytest.mark.slow)
+    for script in (EVALUATE, FIGURES)
+    for name in FILES
+    for damage in damages((0.0, 0.1, 0.5, 1.0))
+    if name in HAS_DIGEST or not damage.startswith("a bit")
+]
+
+
+@pytest.mark.parametrize(("script", "name", "damage"), OTHER_COMMANDS)
+def test_a_damaged_run_is_evaluated_and_drawn_right_or_refused(
+    server: Server, whole: Path, copy: Path, script: str, name: str, damage: str
+) -> None:
+    words = ("--images", "25", "--num-particles", "200", "--seed", "0") if script == EVALUATE else ()
+    damages()[damage](copy / name)
+    done = server.run(script, copy, *words)
+    if done.code:
+        one_line(done, name)
+    elif script == EVALUATE:
+        expected, found = numbers_of(whole), numbers_of(copy) if name not in (METRICS, STATE) else None
+        entry = found[EVALUATION] if found else without_seconds(json.loads((copy / EVALUATION).read_text())["test"])
+        assert entry == expected[EVALUATION]
+
+
+def without_seconds(entry: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in entry.items() if "second" not in key}
+
+
 WEIGHTS = [
     pytest.param(name, damage, id=f"{name}, {damage}")
     for name in (CONFIG, MODEL)
@@ -181,6 +211,42 @@ def test_a_run_whose_disk_was_full_goes_on_as_if_it_was_not(server: Server, copy
     for folder, words in ((copy, ()), (other, ("--epochs", "3"))):
         assert server.run(TRAIN, "--resume", folder, *words).code == 0
     assert numbers_of(copy) == numbers_of(other)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A small disk."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)], capture_output=True)
+    if done.returncode:
+        pytest.skip("needs to be root, to mount a disk")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def fill(path: Path) -> None:
+    """Takes all that is left of a disk."""
+    with path.open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(b"0" * 4096)
+
+
+def test_a_disk_without_room_ends_in_one_line_and_is_gone_on_with_when_there_is(
+    server: Server, copy: Path, whole: Path, disk: Path
+) -> None:
+    folder = Path(shutil.copytree(copy, disk / "run"))
+    for name in (EVALUATION, PER_IMAGE):
+        (folder / name).unlink()
+    shutil.rmtree(folder / "figures")
+    filler = disk / "filler"
+    fill(filler)
+    one_line(server.run(TRAIN, "--resume", folder), "No space left on device")
+    filler.unlink()
+    done = server.run(TRAIN, "--resume", folder)
+    assert done.code == 0, done
+    assert numbers_of(folder) == numbers_of(whole)
+    assert left_behind(folder) == []
 
 
 # --- Signals ---

@@ -71,6 +71,18 @@ def test_a_run_that_is_training_is_refused_in_one_line_with_who_has_it(
 
 
 @pytest.mark.thorough
+def test_a_killed_process_leaves_a_run_that_others_may_take(endless: tuple[Path, Running]) -> None:
+    folder, running = endless
+    running.signal(KILL)
+    while not running.has_ended():
+        time.sleep(0.01)
+    assert (folder / ".lock").exists()
+    with runs.lock_folder(folder):
+        pass
+    assert not (folder / ".lock").exists()
+
+
+@pytest.mark.thorough
 def test_two_runs_in_one_new_folder_are_one(server: Server, dataset: Path, tmp_path: Path) -> None:
     words = (TRAIN, "--dataset", dataset, "--run-dir", tmp_path / "run", *SMALL)
     both = [server.start(*words), server.start(*words)]

@@ -138,13 +138,8 @@ def _interrupted_after(monkeypatch, checkpoints):
         yield
 
 
-@pytest.mark.thorough
-@pytest.mark.parametrize("average_decay", [0.0, 0.99])
-@pytest.mark.parametrize("compile", ["on", "off"])
-def test_an_interrupted_run_ends_bit_for_bit_where_the_undisturbed_one_does(
-    graphs, no_figures, small, tmp_path, monkeypatch, compile, average_decay
-):
-    options = replace(small, compile=compile, average_decay=average_decay, checkpoint_seconds=0.0)
+def _assert_resumes_bit_for_bit(options, tmp_path, monkeypatch):
+    options = replace(options, checkpoint_seconds=0.0)
     _train(options, tmp_path / "undisturbed")
     for checkpoints in (2, 5, 8):  # within an epoch, between two, within the last
         folder = tmp_path / f"after-{checkpoints}"
@@ -156,7 +151,24 @@ def test_an_interrupted_run_ends_bit_for_bit_where_the_undisturbed_one_does(
         _assert_same_bits(folder, tmp_path / "undisturbed")
         one, other = (runs.read_evaluations(run)["test"] for run in (folder, tmp_path / "undisturbed"))
         assert one | {"seconds": 0} == other | {"seconds": 0}
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("average_decay", [0.0, 0.99])
+@pytest.mark.parametrize("compile", ["on", "off"])
+def test_an_interrupted_run_ends_bit_for_bit_where_the_undisturbed_one_does(
+    graphs, no_figures, small, tmp_path, monkeypatch, compile, average_decay
+):
+    options = replace(small, compile=compile, average_decay=average_decay)
+    _assert_resumes_bit_for_bit(options, tmp_path, monkeypatch)
     assert bool(graphs) == (compile == "on")
+
+
+@pytest.mark.thorough
+def test_a_run_through_the_real_compiler_resumes_bit_for_bit(no_figures, small, tmp_path, monkeypatch):
+    if (reason := capture.capture_obstacle(torch.device("cpu"))) is not None:
+        pytest.skip(reason)
+    _assert_resumes_bit_for_bit(replace(small, compile="on"), tmp_path, monkeypatch)
 
 
 @pytest.mark.thorough

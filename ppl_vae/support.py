@@ -75,6 +75,14 @@ def check_site(site: ImageSite, x: Tensor) -> None:
         )
 
 
+def find_missing(x: Tensor) -> int | None:
+    """The place of the first image of x (N, *E) with a NaN; None without any."""
+    if not x.is_floating_point():
+        return None
+    has_nan = torch.cat([part.reshape(len(part), -1).isnan().any(1) for part in x.split(CHECKED_AT_ONCE)])
+    return int(has_nan.int().argmax()) if has_nan.any() else None
+
+
 @torch.no_grad()
 def check_support(model: StochasticFunction, data: Data) -> None:
     """Refuse images to which p(x | z) gives no probability; their computed "log-likelihood" would be meaningless.
@@ -102,8 +110,7 @@ def check_support(model: StochasticFunction, data: Data) -> None:
         raise ValueError("x: expected at least one image, got none")
     parts = x.split(CHECKED_AT_ONCE)
     # Only an image with a NaN shows whether the program replaces it.
-    place = torch.cat([part.reshape(len(part), -1).isnan().any(1) for part in parts]).int().argmax()
-    sites = _sites_of(model, data, place.expand(2))
+    sites = _sites_of(model, data, torch.full((2,), find_missing(x) or 0, device=x.device))
     for site in sites:
         for part in parts:
             check_site(site, part)

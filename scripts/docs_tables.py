@@ -128,6 +128,26 @@ def networks() -> str:
     )
 
 
+def imputation() -> str:
+    tables = stored("imputation")["tables"]
+    methods = [row["method"] for row in next(iter(tables.values()))["rows"]]
+    rows = [[method] for method in methods]
+    for compared in tables.values():
+        for row, found in zip(rows, compared["rows"], strict=True):
+            row.append(mean(found, 3))
+    columns = [f"{name.replace('_', ' ')}, {t['num_rows']} x {t['num_columns']}" for name, t in tables.items()]
+    return markdown(["method", *columns], rows)
+
+
+def missing_mnist() -> str:
+    found = stored("imputation")["mnist"]
+    rows = [
+        [row["trained_on"], f"{row['seconds']:,.0f}", mean(row["complete"]), mean(row["half"])] for row in found["rows"]
+    ]
+    rows.append(["difference, paired", "", *(mean(found["difference"][kind]) for kind in ("complete", "half"))])
+    return markdown(["trained on", "seconds", "complete test images", "half of their pixels"], rows)
+
+
 def fifteen_minutes() -> str:
     rows = []
     for dataset, found in stored("fifteen_minutes").items():
@@ -337,6 +357,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "compression": compression,
     "networks": networks,
     "fifteen-minutes": fifteen_minutes,
+    "imputation": imputation,
+    "missing-mnist": missing_mnist,
     "published-ours": published_ours,
     "published-in-print": published_in_print,
     "published-seeds": published_seeds,

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ppl_vae.data.array_files import *
+    from ppl_vae.data.missing import *
     from ppl_vae.data.sources import *
     from ppl_vae.data.splits import *
     from ppl_vae.data.storage import *
@@ -56,6 +57,7 @@ DATASETS = {
 PROTOCOLS = ("vampprior", "iwae")
 FITS = ("crop", "stretch")
 COLORS = ("gray", "rgb")
+MISSING = ("forbid", "train")  # what a NaN in a file of arrays is: an error, or a missing value
 BINARIZATIONS = ("dynamic", "fixed", "threshold", "none")
 DEQUANTIZATIONS = ("uniform", "none")
 SPLITS = ("test", "validation", "train")
@@ -63,6 +65,7 @@ SPLITS = ("test", "validation", "train")
 _NAMES = {
     "array_files": "is_array_file",
     "sources": "UserImages load load_images",
+    "missing": "fill_from_observed",
     "splits": "BINARY COUNTS KINDS LEVELS NUM_LEVELS PROBABILITIES REAL UNIT_INTERVAL Splits subset",
     "storage": "allocate compute_sha256 is_mapped",
     "torch_dataset": "from_dataset",

@@ -13,6 +13,7 @@ import torch
 
 from ppl_vae.data import storage
 from ppl_vae.data.array_files import advise_array, find_roles, read_arrays, read_labels
+from ppl_vae.data.missing import FORBID, TRAIN, first_observed
 from ppl_vae.data.splits import (
     BINARY,
     COUNTS,
@@ -33,25 +34,27 @@ _CONSTANT = 64 * np.finfo(np.float64).eps  # of the mean: what a constant that w
 _LARGEST_FLOAT = np.finfo(np.float32).max
 
 
-def load_arrays(path: Path) -> Splits:
+def load_arrays(path: Path, *, missing: str = FORBID) -> Splits:
     """Load the splits of an .npz or .npy file: (N, D), (N, H, W), (N, H, W, C) or (N, C, H, W), C = 1 or 3.
 
     The arrays are named train, valid, test (also x_train, train_images and the like), or there is one of any name.
     Labels are named train_labels, y_train and the like, or labels or y if there is one array of images. Zeros and ones
     are binary; uint8 is 8-bit levels; other whole numbers from 0 are counts, also as floats; other floats in [0, 1] are
-    probabilities; and all other floats are real values. Other files raise ValueError.
+    probabilities; and all other floats are real values. Other files raise ValueError, and so does a NaN, unless
+    ``missing`` is "train": then it is a missing value of floats of any kind, and stays a NaN in float32.
     """
     try:
         status = os.stat(path)
         if path.suffix.lower() != ".npy" or status.st_size <= storage.LARGE:
-            return storage.read_into_memory(_draft(path))
-        key = storage.make_key(path, {"array": "own"}, [status.st_size, status.st_mtime_ns])
-        return storage.load_cached(key, path.name, lambda _: _draft(path))
+            return storage.read_into_memory(_draft(path, missing))
+        words = {"array": "own"} | ({} if missing == FORBID else {"missing": missing})
+        key = storage.make_key(path, words, [status.st_size, status.st_mtime_ns])
+        return storage.load_cached(key, path.name, lambda _: _draft(path, missing))
     except OSError as error:
         raise ValueError(f"dataset: {path} cannot be read: {error.strerror}") from None
 
 
-def _draft(path: Path) -> storage.Draft:
+def _draft(path: Path, missing: str) -> storage.Draft:
     sha256 = storage.compute_sha256(path)
     arrays, ignored = read_arrays(path, _find_roles)
     if "train" not in arrays:
@@ -60,7 +63,9 @@ def _draft(path: Path) -> storage.Draft:
     given = {split: arrays[split] for split in SPLIT_ORDER if split in arrays}
     if any(array.ndim > 0 and len(array) == 0 for array in given.values()):
         raise ValueError(f"{path}: expected at least one image in every split, got an empty array")
-    kind = find_kind(path, given)
+    floats = {split: array for split, array in given.items() if missing == TRAIN and array.dtype.kind == "f"}
+    shares = {split: share for split, array in floats.items() if (share := float(np.isnan(array).mean()))}
+    kind = find_kind(path, given | {split: first_observed(given[split]) for split in shares})
     images = {split: move_channels_first(path, split, array) for split, array in given.items()}
     shapes = {array.shape[1:] for array in images.values()}
     if len(shapes) > 1:
@@ -72,7 +77,9 @@ def _draft(path: Path) -> storage.Draft:
     words = "as the file gives them" if words == "as given" else words
     if ignored:
         words += f"; other arrays ignored: {', '.join(ignored)}"
-    dtype = torch.uint8 if kind in (BINARY, LEVELS) else torch.float32
+    dtype = torch.uint8 if kind in (BINARY, LEVELS) and not shares else torch.float32
+    holes = ", ".join(f"{share:.1%} of {split}" for split, share in shares.items())
+    note = (f"missing values (NaN), which leave the likelihood: {holes}",) if shares else ()
 
     def iterate_blocks() -> Iterator[np.ndarray]:
         for split in SPLIT_ORDER:
@@ -88,7 +95,7 @@ def _draft(path: Path) -> storage.Draft:
         split=words,
         labels=numbers,
         class_names=labels.class_names,
-        notes=(*_describe_shape(given["train"].shape), *labels.notes),
+        notes=(*_describe_shape(given["train"].shape), *labels.notes, *note),
     )
     return storage.Draft(splits, iterate_blocks())
 
@@ -273,6 +280,7 @@ def _check_finite(path: Path, split: str, summary: ArraySummary) -> None:
     raise ValueError(
         f"{path}: expected finite values, got NaN or infinity in {split}: {int(counts.sum()):,} of the values"
         + where * bool(columns)
+        + "; --missing train takes NaN as missing values"
     )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppl_vae.data import COLORS, DATASETS, FITS, PROTOCOLS
+from ppl_vae.data import COLORS, DATASETS, FITS, MISSING, PROTOCOLS
 from ppl_vae.data.array_files import (
     advise_array,
     advise_conversion,
@@ -27,6 +27,7 @@ from ppl_vae.data.array_files import (
 from ppl_vae.data.arrays import load_arrays, summarize
 from ppl_vae.data.folder import ImageOptions, ImageReader, load_image_folder
 from ppl_vae.data.folder_layout import FoundFiles, find_images, find_layout, label_by_folder
+from ppl_vae.data.missing import FORBID, keep_missing
 from ppl_vae.data.splits import BINARY, COUNTS, LEVELS, PROBABILITIES, REAL, Splits, abbreviate
 from ppl_vae.data.transforms import is_drawn, sample_binomial
 
@@ -41,6 +42,7 @@ def load(
     image_size: Sequence[int] | None = None,
     fit: str = "crop",
     color: str | None = None,
+    missing: str = FORBID,
     download: bool = True,
 ) -> Splits:
     """Load a named data set, a user's .npz or .npy file, or a folder of images.
@@ -51,11 +53,17 @@ def load(
         protocol: "vampprior" (Tomczak and Welling 2018, arXiv 1705.07120), or for the gray named sets "iwae" (Burda et
             al. 2016, arXiv 1509.00519): all 60,000 images train, none validate, test is drawn anew at each evaluation.
         image_size, fit, color: of a folder of images, as in ``folder.load_image_folder``.
+        missing: "forbid", or "train": a NaN in a file of arrays is a missing value.
         download: whether the files of a named data set are downloaded if they are missing.
 
     Raises ValueError for an unknown name, missing or damaged files, or values that are no images.
     """
-    for argument, words, word in (("protocol", PROTOCOLS, protocol), ("fit", FITS, fit), ("color", COLORS, color)):
+    for argument, words, word in (
+        ("protocol", PROTOCOLS, protocol),
+        ("fit", FITS, fit),
+        ("color", COLORS, color),
+        ("missing", MISSING, missing),
+    ):
         if word not in words and word is not None:
             raise ValueError(f"{argument}: expected one of {', '.join(words)}, got {word!r}")
     if protocol == "iwae" and dataset not in _IWAE_DATASETS:
@@ -70,7 +78,7 @@ def load(
         if value is not None and (is_named or is_array):
             raise ValueError(f"{argument}: expected none for {dataset} (it is for a folder of images), got {value}")
     if is_array:
-        return load_arrays(path)
+        return load_arrays(path, missing=missing)
     if not is_named:
         if os.path.exists(dataset):
             advice = advise_conversion(path)
@@ -159,10 +167,9 @@ def load_images(
                 f"{float(images.x.flatten()[distance.argmax()]):.4g})"
             )
     elif pixels == "threshold":
-        x = torch.where(x.isnan(), x, (x >= 0.5).float())
+        x = keep_missing(lambda seen: (seen >= 0.5).float(), x)
     elif is_drawn(splits, pixels):
-        drawn = sample_binomial(np.random.RandomState(seed), x.nan_to_num(0.0))
-        x = torch.where(x.isnan(), x, drawn)
+        x = sample_binomial(np.random.RandomState(seed), x)
     return images._replace(x=x)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ppl_vae.data.missing import fill_from_observed
 from ppl_vae.runtime.numerics import location_and_spread
 
 BINARY, LEVELS, PROBABILITIES, REAL, COUNTS = "binary", "8-bit levels", "probabilities", "real values", "counts"
@@ -63,7 +64,7 @@ class Splits:
     def spread(self) -> float:
         """sqrt(mean_nd (x_nd - mean_n x_nd)^2) of the training pixels, 8-bit levels as level / 255."""
         unit = 255 if self.kind == LEVELS else 1
-        return float(location_and_spread(self.train)[1]) / unit
+        return float(location_and_spread(fill_from_observed(self.train))[1]) / unit
 
     def describe(self) -> str:
         """Describe the data in one line, then unreadable files in one, then each note in one."""
@@ -81,12 +82,13 @@ class Splits:
         return "\n".join([seen, *(f"{self.name}: {note}" for note in self.notes)])
 
     def _range(self) -> str:
-        low, high = self.train.min(), self.train.max()
+        train = fill_from_observed(self.train)
+        low, high = train.min(), train.max()
         if self.kind == LEVELS:
             dark = " (read as level / 255, so nearly black: floats in [0, 1] have a scale of their own)"
             return f" from {int(low)} to {int(high)}" + dark * bool(high < 128)
         if self.kind in (REAL, COUNTS):
-            whole = low >= 0 and high <= 255 and all(bool((x == x.round()).all()) for x in self.train.split(1000))
+            whole = low >= 0 and high <= 255 and all(bool((x == x.round()).all()) for x in train.split(1000))
             levels = " (whole numbers of 8 bits: as uint8 they would be 8-bit levels)"
             digits = ".4g" if self.kind == REAL else ".0f"
             return f" from {low:{digits}} to {high:{digits}}" + levels * bool(whole)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ppl_vae.data import BINARIZATIONS, SPLITS
+from ppl_vae.data.missing import fill_from_observed, keep_missing
 from ppl_vae.data.splits import (
     BINARY,
     COUNTS,
@@ -76,7 +77,9 @@ def sample_bernoulli(values: Tensor, generator: torch.Generator | None = None) -
     Without ``generator`` the noise comes from torch's global generator.
     """
     uniform = torch.rand(values.shape, generator=generator, device=values.device)
-    return (uniform.mul_(255) < values if values.dtype == torch.uint8 else uniform < values).float()
+    if values.dtype == torch.uint8:
+        return (uniform.mul_(255) < values).float()
+    return torch.where(values.isnan(), torch.nan, (uniform < values).float())  # a missing pixel stays NaN
 
 
 # In single precision (255 + u) / 256 rounds to 1, and u to 0, a few times in each epoch of 28 x 28 images. The values
@@ -110,7 +113,8 @@ def training_images(splits: Splits, pixels: str) -> tuple[Tensor, Callable[..., 
         return splits.train, dequantize_uniformly
     if pixels == "dynamic":
         return splits.train, sample_bernoulli
-    return evaluation_images(splits, "train", pixels, dtype=torch.uint8), convert_to_float
+    dtype = torch.uint8 if splits.kind == LEVELS else torch.float32  # a missing pixel is NaN
+    return evaluation_images(splits, "train", pixels, dtype=dtype), convert_to_float
 
 
 def _check_pixels(splits: Splits, pixels: str) -> None:
@@ -124,9 +128,10 @@ def expected_images(splits: Splits, pixels: str) -> Tensor:
     """Compute the images (N, *E) to which the marginals of the training set are fitted.
 
     For "dynamic" they are the mean of the draws of each image; for every other word the images themselves,
-    "dequantized" by one draw of u.
+    "dequantized" by one draw of u. A missing pixel is an observed one of another image.
     """
-    return probabilities(splits, "train") if pixels == "dynamic" else evaluation_images(splits, "train", pixels)
+    x = probabilities(splits, "train") if pixels == "dynamic" else evaluation_images(splits, "train", pixels)
+    return fill_from_observed(x)
 
 
 def initialization_images(splits: Splits, pixels: str) -> Tensor:
@@ -173,7 +178,7 @@ def evaluation_images(
                 sample_binomial(stream, scale(part))
         return map_images(lambda part: sample_binomial(stream, scale(part)), stored, dtype=dtype)
     if pixels == "threshold":
-        return map_images(lambda part: (scale(part) >= 0.5).float(), stored, dtype=dtype)
+        return map_images(lambda part: keep_missing(lambda p: (p >= 0.5).float(), scale(part)), stored, dtype=dtype)
     return probabilities(splits, split).to(dtype)
 
 
@@ -184,7 +189,7 @@ def is_drawn(splits: Splits, pixels: str) -> bool:
 
 def sample_binomial(stream: np.random.RandomState, rates: Tensor) -> Tensor:
     """Sample x_d ~ Bernoulli(p_d) by numpy's legacy generator, as published: (N, *E) float32."""
-    return torch.from_numpy(stream.binomial(1, rates.numpy())).float()
+    return keep_missing(lambda p: torch.from_numpy(stream.binomial(1, p.numpy())).float(), rates)
 
 
 def probabilities(splits: Splits, split: str) -> Tensor:
@@ -211,7 +216,7 @@ def binarization_entropy(splits: Splits, split: str, pixels: str) -> Tensor | No
     num_images = max(2, min(_MOST_IMAGES, _MOST_PIXELS // stored[0].numel()))
     entropy = torch.empty(len(stored), dtype=torch.double)
     for part, part_of_entropy in zip(stored.split(num_images), entropy.split(num_images), strict=True):
-        p = part.double().flatten(1) / scale
+        p = part.double().flatten(1).nan_to_num(0.0) / scale  # nothing is drawn of a missing pixel
         part_of_entropy.copy_((torch.special.entr(p) + torch.special.entr(1 - p)).sum(1))
     return entropy
 
@@ -292,6 +297,9 @@ def _count_distinct(values: Tensor) -> int:
 
     The three most frequent values are ignored: continuous values may be clipped at both ends, on a background.
     """
+    values = values[~values.isnan()]
+    if not len(values):
+        return 0
     values = values[_space_indices(len(values), _MOST_IN_GROUP)]
     counts = values.unique(return_counts=True)[1].sort(descending=True).values
     others = counts[3:]

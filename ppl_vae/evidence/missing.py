@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from ppl_vae.evidence.proposals import DefensiveMixture
-from ppl_vae.parts.likelihoods.base import independent_pixels
+from ppl_vae.parts.incomplete import IncompleteVAE
+from ppl_vae.parts.likelihoods.base import mask_missing
 from ppl_vae.protocols import LatentModel, check_latent_model
 from ppl_vae.runtime.batching import images_per_pass, latents_per_pass
 from ppl_vae.runtime.errors import NotFinite, check_count
@@ -49,7 +50,8 @@ class Observed(nn.Module):
     missing: ten rounds of plain pseudo-Gibbs -55.4 and -31.5; this guide -48.7 and -19.6.
 
     Args:
-        vae: A VAE whose likelihood's pixels are independent given z (``to_event`` over the whole image).
+        vae: A VAE whose likelihood's pixels are independent given z (``to_event`` over the whole image). The guide of
+            an ``IncompleteVAE``, which was trained on missing pixels, is used as it is.
         rounds: The rounds of refilling.
         num_fillings: K. A pass of the guide holds K copies of each of its images.
         prior_share: a, above 0 and below 1.
@@ -85,17 +87,12 @@ class Observed(nn.Module):
 
     def likelihood(self, z: Tensor, x: Tensor) -> dist.Independent:
         """p(x_observed | z), batch (..., B), event E; its draws and its mean are of all pixels. z: (..., B, L)."""
-        p_x = self.vae.likelihood(z)
-        p_x = independent_pixels(check_event_shape(p_x, x, z), "missing pixels cannot be left out")
-        observed = ~x.isnan()
-        # Without an observed pixel there is no value to evaluate.
-        mask: Tensor | bool = observed if observed.any() else False
-        return p_x.base_dist.mask(mask).to_event(p_x.reinterpreted_batch_ndims)
+        return mask_missing(check_event_shape(self.vae.likelihood(z), x, z), x)
 
     def posterior(self, x: Tensor) -> Distribution:
         """q(z | x_observed), batch (B,), event (L,). x: (B, *E), NaN where missing."""
         missing = x.isnan().flatten(1)
-        if not missing.any():
+        if not missing.any() or isinstance(self.vae, IncompleteVAE):
             return self.vae.posterior(x)
         partly = torch.full_like(x[:, :1].flatten(1)[:, 0], self.prior_share)
         share = torch.where(missing.all(1), 1.0, torch.where(missing.any(1), partly, 0.0))

@@ -14,6 +14,7 @@ from ppl_vae import data
 from ppl_vae.conditional import Conditional
 from ppl_vae.hierarchy import BottomLayerOnly, BottomUp, HierarchicalVAE, LayeredPrior, TopDown
 from ppl_vae.parts import likelihoods, networks
+from ppl_vae.parts.incomplete import IncompleteVAE, ZeroFilled
 from ppl_vae.parts.registry import DENSE_NETWORKS, LIKELIHOODS, NETWORKS, POSTERIORS, PRIORS, find_owners
 from ppl_vae.protocols import Likelihood
 from ppl_vae.runs.options import PLAIN, Options, default_objective, format_flag
@@ -37,8 +38,13 @@ def build_vae(options: Options, event_shape: Sequence[int]) -> VAE:
     sizes = {"channels": options.channels, "hidden": options.hidden}
     family = build_likelihood(options, event_shape)
 
+    is_incomplete, with_mask = options.missing == "train", options.missing_mask == "on"
+
     def make_encoder(num_features: int) -> nn.Module:
-        net = network.encoder(event_shape, num_features, **sizes)
+        first, *others = event_shape
+        net = network.encoder((2 * first, *others) if with_mask else event_shape, num_features, **sizes)
+        if is_incomplete:
+            net = ZeroFilled(net, with_mask=with_mask, event_dims=len(event_shape))
         # Pixels that are not zeros and ones may be in any unit.
         return net if family.data_kind == data.BINARY else networks.Standardized(net, event_shape)
 
@@ -52,7 +58,8 @@ def build_vae(options: Options, event_shape: Sequence[int]) -> VAE:
         likelihood = Conditional(make_decoder(options.latent_dim), family)  # the order of fresh weights
         posterior = Conditional(make_encoder(guide.num_features), guide)
         context = {"latent_dim": options.latent_dim, "posterior": posterior, "event_shape": event_shape}
-        built = VAE(PRIORS[options.prior].build(options, **context), likelihood, posterior)
+        kind = IncompleteVAE if is_incomplete else VAE
+        built = kind(PRIORS[options.prior].build(options, **context), likelihood, posterior)
     if options.initialization == "wide":  # encoder and decoder, and with several layers also the prior
         parts = [built.get_submodule("likelihood"), built.get_submodule("posterior")]
         if isinstance(built, HierarchicalVAE):
@@ -133,6 +140,10 @@ def check_parts(options: Options) -> None:
             f"--posterior delta: expected --prior standard-normal, got {options.prior}: without a KL nothing trains a "
             "prior"
         )
+    if options.missing_mask == "on" and options.missing != "train":
+        raise ValueError(f"--missing-mask: expected off without --missing train, got {options.missing_mask}")
+    if options.missing == "train" and options.upper_latents is not None:
+        raise ValueError("--missing train: expected one layer of latents, got --upper-latents")
     if options.upper_latents is None:
         usual = Options()
         for name in _OF_SEVERAL_LAYERS:

@@ -13,6 +13,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, TypeVar
 
 from ppl_vae.data import BINARIZATIONS, COLORS, DATASETS, DEQUANTIZATIONS, FITS, PROTOCOLS
+from ppl_vae.data import MISSING as MISSING_WORDS
 from ppl_vae.parts import registry as parts
 from ppl_vae.runs.files import JsonObject
 
@@ -186,6 +187,13 @@ class Options(CheckedOptions):
         "data",
     )
 
+    missing: str = option(
+        "forbid",
+        "NaN in an .npz or .npy file: forbid, or train, where missing at random values leave the likelihood",
+        MISSING_WORDS,
+        "data",
+    )
+
     likelihood: str = option("bernoulli", "p(x | z)", parts.LIKELIHOODS, "model")
     likelihood_scale: float = _rare(
         0.5, "scale of normal-fixed, as a fraction of the spread of the training pixels", POSITIVE, "model"
@@ -200,6 +208,9 @@ class Options(CheckedOptions):
         "widths of the encoder's dense layers, reversed in the decoder (default: 300 300; 256 with convolutions)",
         WIDTH,
         "model",
+    )
+    missing_mask: str = _rare(
+        "off", "of --missing train: whether the encoder also sees which values are missing", ("off", "on"), "model"
     )
     channels: tuple[int, ...] = option((16, 32), "channels of each stage of a convolutional network", WIDTH, "model")
     latent_dim: int = option(40, "dimensions of z", WIDTH, "model")

@@ -226,7 +226,7 @@ def _resolve_dequantization(options: Options, seen: data.Splits, binarization: s
 
 def data_options(options: Options) -> JsonObject:
     """The options that decide the data set, as arguments of ``data.load``."""
-    names = ("dataset", "data_dir", "protocol", "image_size", "fit", "color")
+    names = ("dataset", "data_dir", "protocol", "image_size", "fit", "color", "missing")
     return {name: getattr(options, name) for name in names}
 
 
@@ -289,7 +289,8 @@ def check_support(options: Options, seen: data.Splits) -> None:
     # Levels are on the support of whatever takes levels, and dequantized ones are between 0 and 1.
     for split in ("train", "validation", "test") if choose_pixels(options, seen) == "none" else ():
         seen_by_model = data.probabilities(seen, split)
-        if not all(bool(family.support.check(part).all()) for part in seen_by_model.split(1000)):
+        parts = (part[~part.isnan()] for part in seen_by_model.split(1000))
+        if not all(bool(family.support.check(part).all()) for part in parts):
             raise ValueError(
                 f"{word}: expected pixels that are {family.support_words}, got {seen.kind} in {split}; "
                 f"{_cure(seen, family)}"

@@ -25,7 +25,7 @@ from ppl_vae.runtime.errors import NotFinite
 from ppl_vae.runtime.global_state import evaluation_mode, seeded
 from ppl_vae.runtime.ranks import gather_objects, num_ranks
 from ppl_vae.runtime.records import Data, Records, arguments_of, images_of
-from ppl_vae.support import CHECKED_AT_ONCE, check_site, describe_type, find_image_sites
+from ppl_vae.support import CHECKED_AT_ONCE, check_site, describe_type, find_image_sites, find_missing
 from ppl_vae.training.state import TrainingState
 from ppl_vae.vae import NO_AUTOGUIDE
 from ppl_vae.weights import check_plates, latent_sites, trace_programs
@@ -222,13 +222,24 @@ def check_images(state: TrainingState, train: Data, transform: Callable[..., Dat
             raise NotFinite(f"step {state.step}: {fault}") from None
         finally:
             program.train()
+        if (probe := find_missing(images_of(train))) is not None:  # which a program may replace, or not
+            x = transform(train[torch.tensor([probe, probe])].to(state.device), None)
+            _, p = _trace(program, x)
         sites = find_image_sites(p, images_of(x))
+        replaces = any(site.replaces_missing for site in sites)
         for part in train.split(CHECKED_AT_ONCE):
             x = images_of(transform(part.to(state.device), None))
-            if sites and not x.isfinite().all():
-                raise NotFinite(f"step {state.step}: site 'x': the training images hold values that are not finite")
+            if sites and not (x.isfinite() | (x.isnan() & replaces)).all():
+                raise NotFinite(
+                    f"step {state.step}: site 'x': the training images hold values that are not finite{_advise(x)}"
+                )
             for observed in sites:
                 check_site(observed, x)
+
+
+def _advise(x: Tensor) -> str:
+    advice = "; missing values (NaN) leave the likelihood of an IncompleteVAE, or with --missing train"
+    return advice if x.isnan().any() else ""
 
 
 def find_not_finite(state: TrainingState, objective: Callable[..., Tensor], x: Data, beta: float) -> str:
@@ -256,10 +267,12 @@ def find_gradients_not_finite(program: Program) -> list[str]:
 
 def find_site_not_finite(program: Program, x: Data) -> str | None:
     """Run model and guide on x (B, *E) again, and describe the first site with a number that is not finite."""
-    if not images_of(x).isfinite().all():
-        return "site 'x': the images of this batch hold values that are not finite"
+    images = images_of(x)
     with torch.no_grad(), pyro.validation_enabled(False):
         q, p = _trace(program, x)
+        replaced = images.isnan() & any(site.replaces_missing for site in find_image_sites(p, images))
+        if not (images.isfinite() | replaced).all():
+            return f"site 'x': the images of this batch hold values that are not finite{_advise(images)}"
         for kind, trace in (("guide", q), ("model", p)):
             for name in [*latent_sites(trace), *trace.observation_nodes]:
                 site = trace.nodes[name]

@@ -12,6 +12,7 @@ from torch.distributions import Distribution, constraints
 from torch.distributions.utils import broadcast_all
 
 from ppl_vae.data import NUM_LEVELS
+from ppl_vae.runtime.capture import is_capturing
 
 _LARGEST_SHARE = 0.98  # of a limit, up to which a fit may go: the map's slope there is still 0.04
 
@@ -38,6 +39,17 @@ def independent_pixels(p_x: dist.TorchDistribution, because: str) -> dist.Indepe
             f"{type(p_x).__name__} with event shape {tuple(p_x.event_shape)}; {because}"
         )
     return p_x
+
+
+def mask_missing(p_x: dist.TorchDistribution, x: Tensor) -> dist.Independent:
+    """p(x_observed | z): p(x | z) without the densities of pixels that are NaN in x, (B, *E).
+
+    Raises ValueError unless pixels are independent given z.
+    """
+    p_x = independent_pixels(p_x, "missing pixels cannot be left out")
+    # Without an observed pixel there may be no value to evaluate.
+    mask: Tensor | bool = ~x.isnan() if is_capturing() or not x.isnan().all() else False
+    return p_x.base_dist.mask(mask).to_event(p_x.reinterpreted_batch_ndims)
 
 
 class Pixels(nn.Module):

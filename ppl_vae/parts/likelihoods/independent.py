@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ppl_vae import data
 from ppl_vae.data import NUM_LEVELS
 from ppl_vae.parts.likelihoods import counts
-from ppl_vae.parts.likelihoods.base import ascend, level_counts, median_and_deviation, unbounded
+from ppl_vae.parts.likelihoods.base import ascend, level_counts, mask_missing, median_and_deviation, unbounded
 from ppl_vae.parts.likelihoods.level_mass import log_level_mass
 from ppl_vae.parts.likelihoods.levels import PIXELS_AT_ONCE, Categorical, LevelCategorical
 from ppl_vae.parts.likelihoods.real import LOG_DF_LIMIT, Laplace, RealPixels, StudentT
@@ -60,10 +60,19 @@ def fit_independent_pixels(
     elif isinstance(family, Beta | ContinuousBernoulli) and is_dequantized:
         pixels = _fit_unit_interval(family, x)
     else:
-        return family(family.fit_marginals(x)).log_prob
+        p_x = family(family.fit_marginals(x))
+        return lambda images: _log_prob_observed(p_x, images, x[:1])
     if is_dequantized:
         return lambda levels: log_level_mass(pixels, levels.flatten(1)).sum(-1)
-    return lambda images: pixels.log_prob(images.flatten(1)).sum(-1)
+    return lambda images: _log_prob_observed(pixels.to_event(1), images.flatten(1), x[:1].flatten(1))
+
+
+def _log_prob_observed(p_x: dist.TorchDistribution, images: Tensor, filling: Tensor) -> Tensor:
+    """(n,) log p(x_observed) of images (n, *E), NaN where missing; the filling is an image on the support."""
+    missing = images.isnan()
+    if not missing.any():
+        return p_x.log_prob(images)
+    return mask_missing(p_x, images).log_prob(torch.where(missing, filling, images))
 
 
 # --- Families ---

@@ -124,8 +124,9 @@ class NormalOptimal(RealPixels):
             x: (..., *E) those images.
             rate: From 0 to 1.
         """
-        residual = x / self.unit - h.reshape(*h.shape[:-1], *self.event_shape)
-        square = (1 - rate) * (2 * self.log_scale).exp() + rate * residual.square().mean()
+        squares = (x / self.unit - h.reshape(*h.shape[:-1], *self.event_shape)).square()
+        mean = squares.nanmean() if squares.isnan().any() else squares.mean()  # a missing pixel is NaN
+        square = (1 - rate) * (2 * self.log_scale).exp() + rate * mean
         # Where the decoder reproduces every pixel exactly the best scale is zero, and its logarithm is -infinity.
         log_scale = square.clamp(min=torch.finfo(square.dtype).tiny).log() / 2
         self.log_scale.copy_(torch.where(log_scale.isfinite(), log_scale, self.log_scale))

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributions import Distribution
 
-from ppl_vae.evidence.ans import Floats, Ints, Mask, Stack, all_rows, as_array, to_floats
+from ppl_vae.evidence.ans import Floats, Ints, Mask, Stack, all_rows, cell_centers, double_array
 from ppl_vae.evidence.latent_codes import make_latent_codec
 from ppl_vae.evidence.pixel_codes import claims_too_much, find_num_bits, make_pixel_codec
 from ppl_vae.hierarchy import BottomLayerOnly, BottomUp, LayeredDistribution
@@ -67,7 +67,7 @@ class Coder:
         """The words and log-weights of images (n, *E) with these latents (n, L)."""
         q, latents, stack = self._infer(x, x[:0]), self._make_latents(len(x), 1), Stack.make_random(2**16, 0)
         latents[0, :-1] = z
-        log_w = as_array(self._find_log_weights(x, latents, q))
+        log_w = double_array(self._find_log_weights(x, latents, q))
         self._push_pixels(stack, x, z)
         self._prior.push(stack, z, all_rows(z))
         make_latent_codec(q, is_far=False).pop(stack, latents, _find_images(latents))
@@ -81,20 +81,20 @@ class Coder:
         q = self._infer(x, following)
         if self._swaps:
             z = self._push_swapping(stack, x, q, seed)
-            return as_array(self._find_log_weights(x, z[None], q)[0])
+            return double_array(self._find_log_weights(x, z[None], q)[0])
         latents, codec = self._make_latents(n, K), make_latent_codec(q, is_far=False)
         stack.scramble(latents[..., :-1, :].size, *seed)
         codec.pop(stack, latents, _find_images(latents))
         log_w = self._find_log_weights(x, latents, q)
         j = np.zeros(n, dtype=np.int64)
         if K > 1:
-            j = stack.pop_choice(as_array(log_w.T.softmax(-1)))
+            j = stack.pop_choice(double_array(log_w.T.softmax(-1)))
             codec.push(stack, latents, _find_images(latents, j))
         chosen = latents[j, np.arange(n)]
         self._push_pixels(stack, x, chosen)
         self._prior.push(stack, chosen, all_rows(chosen))
         stack.push_uniform(j, np.full(n, K))
-        return as_array(log_w.double().logsumexp(0) - np.log(K))
+        return double_array(log_w.double().logsumexp(0) - np.log(K))
 
     def pop(self, stack: Stack, n: int, seed: tuple[int, int]) -> Tensor:
         """The inverse of ``push``: images (n, *E)."""
@@ -109,7 +109,7 @@ class Coder:
         latents[j, np.arange(n)] = chosen
         if K > 1:
             codec.pop(stack, latents, _find_images(latents, j))
-            stack.push_choice(j, as_array(self._find_log_weights(x, latents, q).T.softmax(-1)))
+            stack.push_choice(j, double_array(self._find_log_weights(x, latents, q).T.softmax(-1)))
         codec.push(stack, latents, _find_images(latents))
         stack.scramble(latents[..., :-1, :].size, *seed)
         return x
@@ -132,8 +132,8 @@ class Coder:
         self._push_pixels(stack, x, found[:-1])  # z_2 and above are still 0
         for below, above, up, down in zip(layers, layers[1:], q.links, p.links[::-1], strict=False):
             stack.scramble(above.size, *seed)
-            make_latent_codec(up(to_floats(below)), is_far=False).pop(stack, above, rows)
-            make_latent_codec(down(to_floats(above)), is_far=True).push(stack, below, rows)
+            make_latent_codec(up(cell_centers(below)), is_far=False).pop(stack, above, rows)
+            make_latent_codec(down(cell_centers(above)), is_far=True).push(stack, below, rows)
         make_latent_codec(p.first, is_far=True).push(stack, layers[-1], rows)
         return found
 
@@ -146,8 +146,8 @@ class Coder:
         layers = np.split(found, np.cumsum(p.latent_dims[:-1]), axis=1)
         make_latent_codec(p.first, is_far=True).pop(stack, layers[-1], rows)
         for below, above, up, down in zip(layers[-2::-1], layers[::-1], further[::-1], p.links, strict=False):
-            make_latent_codec(down(to_floats(above)), is_far=True).pop(stack, below, rows)
-            make_latent_codec(up(to_floats(below)), is_far=False).push(stack, above, rows)
+            make_latent_codec(down(cell_centers(above)), is_far=True).pop(stack, below, rows)
+            make_latent_codec(up(cell_centers(below)), is_far=False).push(stack, above, rows)
             stack.scramble(above.size, *seed)
         x = self._pop_pixels(stack, np.where(np.arange(found.shape[1]) < p.latent_dims[0], found, 0)[:-1])
         make_latent_codec(first(torch.cat([x, torch.zeros_like(x[:1])])), is_far=False).push(stack, layers[0], rows)
@@ -164,12 +164,12 @@ class Coder:
 
     def _decode(self, z: Ints, other: Tensor) -> Distribution:
         """p(x | z) of latents (n, L), and of others (1, L)."""
-        return self.vae.likelihood(torch.cat([to_floats(z), other]))
+        return self.vae.likelihood(torch.cat([cell_centers(z), other]))
 
     def _push_pixels(self, stack: Stack, x: Tensor, z: Ints) -> None:
         unknown = x[:1].flatten(1).repeat(1, -(-z.shape[1] // x[0].numel()))[:, : z.shape[1]]
         p = self._decode(z, unknown.float())
-        claimed = as_array(p.log_prob(torch.cat([x, x[:1]])))[:-1]
+        claimed = double_array(p.log_prob(torch.cat([x, x[:1]])))[:-1]
         coded = make_pixel_codec(p, len(x), self.largest).push(stack, x.flatten(1).long().numpy())
         if claims_too_much(claimed, coded):
             place = int((claimed - coded).argmax())
@@ -186,7 +186,7 @@ class Coder:
 
     def _find_log_weights(self, x: Tensor, latents: Ints, q: Distribution) -> Tensor:
         """log w of latents (K, n + 1, L) of images (n, *E): (K, n) nats."""
-        z = to_floats(latents)
+        z = cell_centers(latents)
         log_q, z = q.log_prob(z)[:, : len(x)], z[:, : len(x)]
         return self.vae.likelihood(z).log_prob(x) + self.vae.prior().log_prob(z) - log_q
 

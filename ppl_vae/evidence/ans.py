@@ -191,7 +191,7 @@ def _find_coarse_cells(loc: Floats, scale: Floats) -> tuple[Ints, Ints, Floats, 
     return bits, start.astype(np.int64), place - start - 0.5, spread  # constriction's cells are [k - 1/2, k + 1/2)
 
 
-def to_floats(values: Ints) -> Tensor:
+def cell_centers(values: Ints) -> Tensor:
     """The centers of cells, in any shape (...), float32."""
     return torch.from_numpy((values + 0.5) / CELLS).float()
 
@@ -206,7 +206,7 @@ class Codec(Protocol):
         """Fill in the rows of values that the mask names; the others are known."""
 
 
-def as_array(tensor: Tensor) -> Floats:
+def double_array(tensor: Tensor) -> Floats:
     """The same numbers in double precision, in any shape (...)."""
     array: Floats = tensor.detach().double().numpy()
     return array

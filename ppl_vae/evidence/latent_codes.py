@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
 
-from ppl_vae.evidence.ans import CELLS, Codec, Floats, Ints, Mask, Stack, all_rows, as_array, to_floats
+from ppl_vae.evidence.ans import CELLS, Codec, Floats, Ints, Mask, Stack, all_rows, cell_centers, double_array
 from ppl_vae.hierarchy import LayeredDistribution
 from ppl_vae.parts.flows import MAX_INPUT, Coupling, ElementwiseAffine, Permutation
 from ppl_vae.parts.priors import Pushforward
@@ -43,10 +43,10 @@ def make_latent_codec(distribution: Distribution, *, is_far: bool) -> Codec:
     if isinstance(distribution, dist.MixtureSameFamily):
         return _Mixture(distribution)
     if isinstance(distribution, MultivariateNormal):
-        return _Full(as_array(distribution.loc), as_array(distribution.scale_tril), is_far)
+        return _Full(double_array(distribution.loc), double_array(distribution.scale_tril), is_far)
     if isinstance(distribution, Independent) and isinstance(distribution.base_dist, Normal):
         base = distribution.base_dist
-        return _Diagonal(as_array(base.loc), as_array(base.scale), is_far)
+        return _Diagonal(double_array(base.loc), double_array(base.scale), is_far)
     raise ValueError(
         "compression: expected normals (--posterior diagonal or full), and as priors also their mixtures and flows, "
         f"got {type(distribution).__name__}"
@@ -128,11 +128,11 @@ class _Mixture:
         values[rows] = z
 
     def _repeat_weights(self, num_rows: int) -> Floats:
-        return np.repeat(as_array(self.mixture.mixture_distribution.probs)[None], num_rows, axis=0)
+        return np.repeat(double_array(self.mixture.mixture_distribution.probs)[None], num_rows, axis=0)
 
     def _find_responsibilities(self, values: Ints) -> Floats:
-        log_p = self.mixture.component_distribution.log_prob(to_floats(values)[:, None])  # (R, K)
-        return as_array((self.mixture.mixture_distribution.logits + log_p).softmax(-1))
+        log_p = self.mixture.component_distribution.log_prob(cell_centers(values)[:, None])  # (R, K)
+        return double_array((self.mixture.mixture_distribution.logits + log_p).softmax(-1))
 
     def _make_component(self, k: Ints) -> Codec:
         codec = make_latent_codec(self.mixture.component_distribution, is_far=True)
@@ -165,7 +165,7 @@ class _Layered:
 
         def look_up(name: str, distribution: Distribution) -> Tensor:
             layers.append((self._make_codec(distribution), values[..., self._columns[name]]))
-            return to_floats(layers[-1][1])
+            return cell_centers(layers[-1][1])
 
         self._distribution.draw(look_up)
         for codec, layer in reversed(layers):
@@ -175,7 +175,7 @@ class _Layered:
         def draw(name: str, distribution: Distribution) -> Tensor:
             layer = values[..., self._columns[name]]  # a view
             self._make_codec(distribution).pop(stack, layer, rows)
-            return to_floats(layer)
+            return cell_centers(layer)
 
         self._distribution.draw(draw)
 
@@ -237,12 +237,12 @@ def _find_moved(layer: torch.nn.Module, dim: int) -> slice:
 def _make_map(layer: torch.nn.Module, z: Ints) -> Map:
     """The map of a layer's moved coordinates, given those of z (R, L) that it keeps."""
     if isinstance(layer, ElementwiseAffine):
-        loc, scale = as_array(layer.loc), np.exp(as_array(layer.log_scale))
+        loc, scale = double_array(layer.loc), np.exp(double_array(layer.log_scale))
         return lambda y, inverse: (y - loc) / scale if inverse else loc + scale * y
     assert isinstance(layer, Coupling), f"no code for {type(layer).__name__}"
     kept = torch.from_numpy((z[:, : layer.kept] + 0.5) / CELLS)
     h = layer.net(bounded(kept, MAX_INPUT)).unflatten(-1, (layer.num_features, -1)).transpose(-1, -2)
-    return lambda y, inverse: as_array(layer.univariate(torch.from_numpy(y), h, inverse)[0])
+    return lambda y, inverse: double_array(layer.univariate(torch.from_numpy(y), h, inverse)[0])
 
 
 def _find_start(cells: Ints, map: Map) -> Ints:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from ppl_vae.protocols import StochasticFunction
+from ppl_vae.runtime.errors import first_line
 from ppl_vae.runtime.global_state import evaluation_mode, seeded
 from ppl_vae.runtime.records import Data, arguments_of, images_of
 
@@ -117,10 +118,18 @@ def check_support(model: StochasticFunction, data: Data) -> None:
 
 
 @contextmanager
-def explain_plates() -> Iterator[None]:
-    """Raise a ValueError of one line, which says what to do, for plates that no program over a batch can have."""
+def explain_program() -> Iterator[None]:
+    """Raise a ValueError of one line, which says what to do, for what no program over a batch can have."""
     try:
         yield
+    except TypeError as error:
+        if "required positional argument" in str(error):
+            raise ValueError(f"{first_line(error)}; pass Records(x, y) where the program takes more than x") from None
+        if "object is not callable" in str(error):
+            raise ValueError(
+                f"{first_line(error)}; a site takes distributions of pyro.distributions, not those of torch"
+            ) from None
+        raise
     except ValueError as error:
         words = str(error)
         if "subsample_size" in words:
@@ -155,7 +164,7 @@ def _sites_of(model: StochasticFunction, x: Data, places: Tensor) -> list[ImageS
         pyro.validation_enabled(False),
         evaluation_mode(module) if isinstance(module, nn.Module) else nullcontext(),
         poutine.block(),
-        explain_plates(),
+        explain_program(),
     ):
         try:
             trace = poutine.trace(model).get_trace(*arguments_of(probe))

@@ -20,7 +20,7 @@ from ppl_vae.protocols import StochasticFunction
 from ppl_vae.runtime.errors import check_count
 from ppl_vae.runtime.global_state import evaluation_mode, seeded, serialize_threads
 from ppl_vae.runtime.records import Data, arguments_of
-from ppl_vae.support import check_support, explain_plates
+from ppl_vae.support import check_support, explain_program
 from ppl_vae.vae import NO_AUTOGUIDE
 
 NO_DIMS: Dims = {}
@@ -214,7 +214,7 @@ def _particles(num_particles: int) -> pyro.plate:
 
 def _get_trace(program: StochasticFunction, x: Data) -> poutine.Trace:
     """The trace of a program within a plate of particles; another plate at that dimension raises ValueError."""
-    with explain_plates():
+    with explain_program():
         return poutine.trace(program).get_trace(*arguments_of(x))
 
 

@@ -239,8 +239,9 @@ class _TrainingRecord:
         self._log(record)
         self.speeds.append(record["train_images_per_second"])
         validated = describe_validation(self._run.options, record)
-        self._bar.set_postfix_str(f"epoch {record['epoch']}/{self._run.options.epochs}, {validated}")
-        if not has_terminal():
+        if has_terminal():
+            self._bar.set_postfix_str(f"epoch {record['epoch']}/{self._run.options.epochs}, {validated}")
+        else:
             self._say(describe_epoch(self._run.options, record, validated))
 
     def _on_compiled(self, seconds: float) -> None:
@@ -272,7 +273,7 @@ def _train(run: Run, saved: Saved | None, *, say: Say, compile_if_possible: bool
     step, total = 0 if saved is None else saved[1]["step"], count_steps(options, len(splits.train))
     if distributed.is_writer():
         runs.mend_metrics(folder, step)
-    silent = not (distributed.is_writer() and has_terminal())  # a log has a line for each epoch instead
+    silent = not distributed.is_writer()
     with (
         stop_on_signals(f"--resume {folder} goes on") as should_stop,
         open_events(folder, options, step=step) as log,

@@ -277,7 +277,7 @@ def judge(found: Ranks) -> GuideCalibration:
     if overall >= SIGNIFICANT:
         verdict = f"no sign that the guide is not the posterior ({p_words}, {N:,} simulations)"
     else:
-        scale = shapes and f", with {shapes.mean_scale:.3f} ± {shapes.mean_scale_stderr:.3f} of its scale"
+        scale = shapes and f", with {shapes.mean_scale:.3f} ± {shapes.mean_scale_stderr:.3f} of the posterior's scale"
         verdict = (
             f"the guide is not the posterior ({p_words}): {sum(is_off[:-1])} of {len(is_off) - 1} latents are off by "
             f"themselves{scale or ''}; log p(x, z): {_describe_joint(joint) if is_off[-1] else 'calibrated'}"

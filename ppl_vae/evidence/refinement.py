@@ -99,8 +99,8 @@ def _start(vae: LatentModel, x: Tensor, family: DiagonalNormal | FullNormal | No
     net, own = getattr(posterior, "net", None), getattr(posterior, "family", None)
     if net is None or own is None:
         raise ValueError(
-            "vae: expected a guide Conditional(net, family), which has features of each image to refine, got "
-            f"{type(posterior).__name__}; with family=FullNormal(L) a normal of all latents takes its place"
+            "vae: expected a guide Conditional(net, family) as its posterior, whose features are refined, got "
+            f"{type(posterior).__name__}; refine_proposal with family=FullNormal(L) needs none"
         )
     return Proposal(own, torch.cat([net(part) for part in x.split(images_per_pass(x))]), x)
 

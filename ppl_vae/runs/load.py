@@ -219,7 +219,10 @@ def save(trained: VAE, run_dir: str | Path, options: Options, *, metrics: Sequen
         raise ValueError("metrics: expected records with a whole number under 'step', as fit gives them to on_epoch")
     weights = trained.state_dict()
     if not _has_same_shapes(build_meta_vae(options, seen.event_shape), weights):
-        raise ValueError("options: expected those that the VAE was built with, got others (weights differ in shape)")
+        raise ValueError(
+            "options: expected those that the VAE was built with, got others (weights differ in shape); a VAE with "
+            "parts of your own has none, and torch.save(vae.state_dict(), file) keeps its weights"
+        )
     folder = runs.make_run_dir(str(run_dir), dataset=options.dataset, likelihood=options.likelihood)
     runs.write_json(folder / runs.CONFIG, make_config(options, seen) | {"trained": "from Python"})
     record_environment(folder, options.device)

@@ -312,6 +312,26 @@ def test_records_of_different_lengths_are_refused():
         Records(images(5), torch.zeros(4))
 
 
+def test_a_program_with_labels_says_how_they_are_passed():
+    program, x = Labeled(), records().x
+    for run in (
+        lambda: importance(program.model, program.guide, x, num_particles=2),
+        lambda: fit(program, x, epochs=1),
+    ):
+        with pytest.raises(ValueError, match=r"missing .* required positional arguments.*; pass Records\(x, y\)"):
+            run()
+
+
+def test_a_distribution_of_torch_is_refused_with_where_to_find_another():
+    def model(x):
+        with pyro.plate("images", len(x), dim=-1):
+            pyro.sample("z", torch.distributions.Normal(torch.zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1), obs=x)
+
+    with pytest.raises(ValueError, match="'Normal' object is not callable; a site takes distributions of pyro"):
+        importance(model, model, images(5), num_particles=2)
+
+
 # --- What is refused, in one line ---
 
 

@@ -108,7 +108,8 @@ def draw_latents(numbers: Measurements) -> Figure:
         rank, np.maximum(variance[order], 1e-12), yerr=active.stderr.numpy()[order], color=colors, ecolor="0.3"
     )
     panels[-1].set_yscale("log")
-    panels[-1].set_ylim(bottom=min(ACTIVE_VARIANCE / 100, max(1e-6, float(variance.min()) / 2)))
+    least = min(ACTIVE_VARIANCE / 100, max(1e-6, float(variance.min()) / 2))
+    panels[-1].set_ylim(bottom=least, top=max(2 * ACTIVE_VARIANCE, 2 * float(variance.max())))
     panels[-1].axhline(ACTIVE_VARIANCE, color="black", linestyle="--", label=f"active above {ACTIVE_VARIANCE}")
     panels[-1].set_ylabel("variance over images of E[z_l | x] / the prior's", fontsize=9)
     panels[-1].legend(fontsize=8)

@@ -18,7 +18,7 @@ from ppl_vae.runs.results import Diagnosis
 _ADVICE = {
     "not settled": "Train for longer",
     "autoencoder": "Train a variational autoencoder instead",
-    "decoder ignores z": "Train again with a longer warm-up, or with less weight on the KL",
+    "decoder ignores z": "Train again with less weight on the KL",
     "over-regularized": "Train again with less weight on the KL; if beta is 1 already, train for longer",
     "under-regularized": "Train again with more weight on the KL; if beta is 1 already, train for longer",
     "dead units": "Train again with fewer latents",
@@ -57,7 +57,8 @@ def describe_advice(verdict: Verdict) -> str:
     if verdict.change is None:
         return ""
     options = " ".join(f"{format_flag(name)} {_format(value)}" for name, value in verdict.change.items())
-    return f"{_ADVICE[verdict.word]}: {options}"
+    advice = "Train again with a longer warm-up" if "warmup_epochs" in verdict.change else _ADVICE[verdict.word]
+    return f"{advice}: {options}"
 
 
 def _format(value: str | int | float) -> str:

@@ -67,7 +67,7 @@ def describe_evaluation(found: Evaluation) -> list[str]:
     ]
     if S == 1:
         return [*lines, "  one importance sample says nothing of its own error: take more"]
-    k = found.pareto_k.median
+    k = None if found.pareto_k.median is None else round(found.pareto_k.median, 2)
     fitted = "not estimated" if k is None else f"median {k:.2f}"
     trust = ""
     if k is not None and k > 0.7:

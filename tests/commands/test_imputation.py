@@ -220,6 +220,14 @@ def test_hidden_pixels_have_no_score_where_an_image_has_other_holes(impute, imag
     assert summary["log_likelihood_hidden"]["num_images"] == 3
 
 
+@pytest.mark.parametrize("largest", [0.0, 0.1])
+def test_a_mass_above_one_is_called_impossible(impute, images, monkeypatch, largest):
+    hidden = torch.tensor([-3.0, largest, -1.0, largest], dtype=torch.double)
+    monkeypatch.setattr("ppl_vae.commands.latents._estimate_hidden", lambda *_: hidden)
+    _, _, said = impute(images(bars(4, seed=9)[0].astype(float)), hide="top")
+    assert ("Do not use this mean: 2 of 4 images are above 0" in said) == (largest > 0)
+
+
 # --- What is written ---
 
 

@@ -141,6 +141,12 @@ def describe_imputation(found: ImputationSummary) -> list[str]:
             f"log p(x_hidden | x_observed) {plus_minus(hidden.estimate)} nats per image: log p(x) "
             "- log p(x_observed), two such bounds, so no bound; where the second is looser, it flatters"
         )
+        impossible = sum(image.log_likelihood_hidden > 0 for image in found.per_image)
+        if impossible and found.measure == "mass":
+            lines.append(
+                f"  Do not use this mean: {impossible:,} of {n:,} images are above 0, where no mass lies, since the "
+                "guide's draws miss p(z | x_observed)."
+            )
     median = format_number(found.ess.median, 1)
     lines.append(f"  ± is the standard error over images; effective particles: median {median}")
     if found.few_particles:

@@ -169,7 +169,7 @@ BAD_WORDS = {
             """
             protocol compile stream tensorboard precision dequantization transform fit color binarization
             likelihood network prior posterior prior_flow posterior_flow inference decoder_input initialization
-            schedule scale_map objective keep kl
+            schedule scale_map objective keep kl missing missing_mask
             """,
         ),
         (

@@ -212,7 +212,7 @@ def latents_figure(
             axes.scatter(points[mask, 0], points[mask, 1], s=6, linewidths=0, alpha=0.8, color=color, label=word)
         axes.set(xlabel=names[0], ylabel=names[1], aspect="equal", anchor="W")
     handles, _ = axes.get_legend_handles_labels()
-    figure.legend(handles=handles, fontsize=8, markerscale=2, loc="outside right upper", frameon=False)
+    figure.legend(handles=handles, fontsize=8, markerscale=2, loc="outside right center", frameon=False)
     return figure
 
 

@@ -5,17 +5,12 @@ from __future__ import annotations
 import io
 import lzma
 import math
-import os
 import time
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -28,7 +23,7 @@ from ppl_vae.reports.text.compression import describe_compression
 from ppl_vae.runs.build import build_likelihood
 from ppl_vae.runs.coded_file import CodedFile, Digest, count_runs, describe_versions, read_coded_file
 from ppl_vae.runs.command_results import Compression
-from ppl_vae.runs.files import add_file_name
+from ppl_vae.runs.files import replace_file
 from ppl_vae.runs.load import find_run_folder, load
 from ppl_vae.runs.open import Say, check_density, load_given_images, open_run
 from ppl_vae.runs.results import to_json
@@ -114,9 +109,11 @@ def decompress_file(options: Decompress, *, say: Say) -> Path:
     code = Code(coded.words, coded.initial_words, coded.group_sizes, np.zeros(0))
     arguments = {"largest": coded.largest, "num_particles": coded.num_particles, "seed": coded.seed}
     with (
-        _open_array(output, (num_images, *coded.event_shape), coded.dtype) as array,
+        replace_file(output) as partial,
         progress_bar(total=num_images, unit="image", desc="decompressing") as bar,
     ):
+        shape = (num_images, *coded.event_shape)
+        array = np.lib.format.open_memmap(partial, mode="w+", dtype=coded.dtype, shape=shape)
         try:
             for x in decompress(vae, code, event_shape=coded.event_shape, **arguments):
                 array[place : place + len(x)] = x.numpy().astype(coded.dtype)
@@ -127,6 +124,7 @@ def decompress_file(options: Decompress, *, say: Say) -> Path:
             raise ValueError(f"{path}: {error}") from None
         if digest.hex != coded.images:
             raise ValueError(f"{path}: the decoded images are not those that were compressed: their digest differs")
+        array.flush()
     say(f"{num_images:,} images from {path}, equal to those that were compressed, in {output}")
     return output
 
@@ -171,24 +169,6 @@ def _digest_numbers(vae: VAE, largest: int) -> str:
     for values in compute_fingerprint(vae, largest=largest):
         digest.update(values)
     return digest.hex
-
-
-@contextmanager
-def _open_array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Iterator[NDArray[Any]]:
-    """An .npy file that is filled in on disk, and takes its name if the block ends without an error."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        array = np.lib.format.open_memmap(partial, mode="w+", dtype=dtype, shape=shape)
-        yield array
-        array.flush()
-        del array
-        os.replace(partial, path)
-    except BaseException as error:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise add_file_name(error, path) from None
-        raise
 
 
 # --- Other formats ---

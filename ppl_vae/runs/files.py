@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +25,17 @@ def per_image_file(split: str) -> str:
 PARTIAL = ".*.partial"  # the files that killed writes leave
 
 
-def write_bytes(path: Path, content: bytes, previous: Path | None = None) -> None:
-    """Replaces a file as a whole or not at all, and returns when it is on disk.
+@contextmanager
+def replace_file(path: Path, previous: Path | None = None) -> Iterator[Path]:
+    """Yields the path to write a file at, which takes the file's name if the block ends without an error.
 
-    A link in its place is replaced, never followed. The old file gets the name ``previous``: at every moment one of the
-    two names is that of a whole file. An OSError names the file.
+    A link in the file's place is replaced, never followed. The old file gets the name ``previous``: at every moment one
+    of the two names is that of a whole file. An OSError names the file.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
         partial.unlink(missing_ok=True)  # of a killed write; or a link, which opening would follow
-        with partial.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        yield partial
         if previous is not None and path.is_file():
             os.replace(path, previous)
         os.replace(partial, path)
@@ -47,6 +45,14 @@ def write_bytes(path: Path, content: bytes, previous: Path | None = None) -> Non
         if isinstance(error, OSError):
             raise add_file_name(error, path) from None
         raise
+
+
+def write_bytes(path: Path, content: bytes, previous: Path | None = None) -> None:
+    """Replaces a file as a whole or not at all, as ``replace_file``, and returns when it is on disk."""
+    with replace_file(path, previous) as partial, partial.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
     # The folder's list of names. Some network and FUSE file systems have no such thing (EINVAL), and some systems open
     # no folders; the file is whole and in its place without it.
     with suppress(OSError):

@@ -234,13 +234,8 @@ def write_picture(path: Path, levels: NDArray[np.uint8]) -> None:
 
     Renamed once it is whole, but not waited for until it is on disk, which took 11 ms each.
     """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    with files.replace_file(path) as partial:
         Image.fromarray(levels[0] if len(levels) == 1 else levels.transpose(1, 2, 0)).save(partial, format="png")
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def write_arrays(path: Path, tensors: Mapping[str, Tensor], names: Sequence[str] = ()) -> None:

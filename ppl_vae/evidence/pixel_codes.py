@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.distributions import Distribution, constraints
 
 from ppl_vae.evidence.ans import Floats, Ints, Stack
 from ppl_vae.parts.likelihoods.base import independent_pixels
-from ppl_vae.parts.likelihoods.levels import CENTER, TOP, LevelLogistic
+from ppl_vae.parts.likelihoods.levels import CENTER, TOP, LevelLogistic, discretized_logistic_log_mass
 from ppl_vae.parts.likelihoods.mixture import ColorLogisticMixture
 
 # (places (R, D), k) -> the probability of the values [place 2^k, (place + 1) 2^k) of each pixel, (R, D)
@@ -30,13 +30,14 @@ def make_pixel_codec(likelihood: Distribution, num_rows: int, largest: int) -> P
         largest: The largest value of a pixel, where the likelihood sets none.
 
     Raises:
-        ValueError: Pixels depend on each other given z, in another way than colors do; or there are too many values.
+        ValueError: Pixels depend on each other given z, in another way than colors do.
     """
-    if isinstance(likelihood, ColorLogisticMixture):
-        return ColorCodec(likelihood, num_rows)
-    pixels = independent_pixels(likelihood, "a code needs the masses of each").base_dist
     num_bits = find_num_bits(likelihood, largest)
-    return PixelCodec([_make_mass(pixels, num_rows, num_bits, _find_top(likelihood) is not None)], num_bits)
+    if isinstance(likelihood, ColorLogisticMixture):
+        return PixelCodec(lambda x: _make_color_masses(likelihood, x), 3, num_bits)
+    pixels = independent_pixels(likelihood, "a code needs the masses of each").base_dist
+    mass = _make_mass(pixels, num_rows, num_bits, _find_top(likelihood) is not None)
+    return PixelCodec(lambda x: iter([mass]), 1, num_bits)
 
 
 def find_num_bits(likelihood: Distribution, largest: int) -> int:
@@ -67,17 +68,19 @@ class PixelCodec:
     says.
 
     Args:
-        masses: P of each group of pixels; a pixel is in one group, and later groups may depend on earlier ones.
+        make_masses: Images (R, D) -> P of each group of pixels, made from the groups before it alone. A group is an
+            equal part of the D pixels.
+        num_groups: The number of groups.
         num_bits: Of every value.
     """
 
-    def __init__(self, masses: Sequence[Mass], num_bits: int) -> None:
-        self._masses, self._num_bits = masses, num_bits
+    def __init__(self, make_masses: Callable[[Ints], Iterator[Mass]], num_groups: int, num_bits: int) -> None:
+        self._make_masses, self._num_groups, self._num_bits = make_masses, num_groups, num_bits
 
     def push(self, stack: Stack, x: Ints) -> Floats:
         """Push images (R, D); returns log P(x), (R,) nats, of the probabilities that were used."""
         total, steps = np.zeros(len(x)), []
-        for mass, group in zip(self._find_masses(x), np.split(x, len(self._masses), axis=1), strict=True):
+        for group, mass in self._iterate_groups(x):
             for place in reversed(range(self._num_bits)):
                 bit, share = (group >> place) & 1, _find_share(mass, group >> (place + 1), place)
                 steps.append((bit.ravel(), share.ravel()))
@@ -89,15 +92,15 @@ class PixelCodec:
     def pop(self, stack: Stack, num_rows: int, num_pixels: int) -> Ints:
         """The inverse of ``push``: (R, D)."""
         x = np.zeros((num_rows, num_pixels), dtype=np.int64)
-        for index, group in enumerate(np.split(x, len(self._masses), axis=1)):  # views
-            mass = self._find_masses(x)[index]
+        for group, mass in self._iterate_groups(x):
             for place in reversed(range(self._num_bits)):
                 share = _find_share(mass, group, place)
                 group[:] = 2 * group + stack.pop_bits(share.ravel()).reshape(share.shape)
         return x
 
-    def _find_masses(self, x: Ints) -> Sequence[Mass]:
-        return self._masses
+    def _iterate_groups(self, x: Ints) -> Iterator[tuple[Ints, Mass]]:
+        """Each group, a view of x, and its mass, which is made once the groups before it are known."""
+        return zip(np.split(x, self._num_groups, axis=1), self._make_masses(x), strict=False)
 
 
 def _find_share(mass: Mass, above: Ints, place: int) -> Floats:
@@ -114,12 +117,12 @@ def _make_mass(pixels: Distribution, num_rows: int, num_bits: int, is_bounded: b
     """The masses of the first rows of independent pixels, batch (R, *E)."""
     if isinstance(pixels, LevelLogistic):
         parts = [part[..., None] for part in (torch.zeros_like(pixels.loc), pixels.loc, pixels.log_scale)]
-        return _LogisticMass(*(part[:num_rows].flatten(1, -2).double().numpy() for part in parts))
-    if isinstance(pixels, dist.MixtureSameFamily) and isinstance(pixels.component_distribution, LevelLogistic):
+    elif isinstance(pixels, dist.MixtureSameFamily) and isinstance(pixels.component_distribution, LevelLogistic):
         component = pixels.component_distribution
         parts = [pixels.mixture_distribution.logits, component.loc, component.log_scale]
-        return _LogisticMass(*(part[:num_rows].flatten(1, -2).double().numpy() for part in parts))
-    return _TableMass(pixels, num_rows, num_bits, is_bounded)
+    else:
+        return _TableMass(pixels, num_rows, num_bits, is_bounded)
+    return _LogisticMass(*(part[:num_rows].flatten(1, -2).double().numpy() for part in parts))
 
 
 class _TableMass:
@@ -163,36 +166,23 @@ class _LogisticMass:
         return (shares * masses).sum(-1) / shares.sum(-1)
 
 
-class ColorCodec(PixelCodec):
-    """Red, then green given red, then blue given both: mixtures whose weights are those of the component so far."""
+def _make_color_masses(p: ColorLogisticMixture, x: Ints) -> Iterator[Mass]:
+    """Red, then green given red, then blue given both: mixtures whose weights are those of the component so far.
 
-    def __init__(self, likelihood: ColorLogisticMixture, num_rows: int) -> None:
-        self._p, self._num_rows = likelihood, num_rows
-        super().__init__([_LogisticMass(*[np.zeros(0)] * 3)] * 3, 8)
-
-    def _find_masses(self, x: Ints) -> Sequence[Mass]:
-        R, (_, H, W) = self._num_rows, self._p.event_shape
-        t = x.reshape(R, 3, 1, H, W) / CENTER - 1
-        parts = (self._p.logits, self._p.locs, self._p.log_scales, self._p.coefficients)
-        log_share, locs, log_scales, c = (part[:R].double().numpy() for part in parts)
-        shifts = (0.0, c[:, 0] * t[:, 0], c[:, 1] * t[:, 0] + c[:, 2] * t[:, 1])
-        found: list[Mass] = []
-        for color, shift in enumerate(shifts):
-            loc, log_scale = locs[:, color] + shift, log_scales[:, color]
-            mass = _LogisticMass(
-                *(np.moveaxis(part.reshape(R, -1, H * W), 1, -1) for part in (log_share, loc, log_scale))
-            )
-            found.append(mass)
-            log_share = log_share + _log_mass(x.reshape(R, 3, 1, H, W)[:, color], loc, log_scale)
-        return found
-
-
-def _log_mass(x: Ints, loc: Floats, log_scale: Floats) -> Floats:
-    from ppl_vae.parts.likelihoods.levels import discretized_logistic_log_mass
-
-    given = (torch.from_numpy(part) for part in (x.astype(float), loc, log_scale))
-    found: Floats = discretized_logistic_log_mass(*given).numpy()
-    return found
+    Args:
+        p: Batch (R' >= R,), event (3, H, W).
+        x: (R, D), of which a color is read when the mass of the next one is asked for.
+    """
+    R, (_, H, W) = len(x), p.event_shape
+    x = x.reshape(R, 3, 1, H, W)  # a view
+    parts = (p.logits, p.locs, p.log_scales, p.coefficients)
+    log_share, locs, log_scales, c = (part[:R].double().numpy() for part in parts)
+    for color, coefficients in enumerate(((), (0,), (1, 2))):
+        shift = sum(c[:, k] * (x[:, other] / CENTER - 1) for other, k in enumerate(coefficients))
+        loc, log_scale = locs[:, color] + shift, log_scales[:, color]
+        yield _LogisticMass(*(np.moveaxis(part.reshape(R, -1, H * W), 1, -1) for part in (log_share, loc, log_scale)))
+        given = (torch.from_numpy(part) for part in (x[:, color].astype(float), loc, log_scale))
+        log_share = log_share + discretized_logistic_log_mass(*given).numpy()
 
 
 def claims_too_much(claimed: Floats, coded: Floats) -> bool:

@@ -237,8 +237,8 @@ def _match_scale(file: Path, array: np.ndarray, kind: str) -> np.ndarray:
             f"{file}: expected {words} (the model was trained on {kind}), got {array.dtype} from {summary.low} to "
             f"{summary.high}" + "; if these are levels from 0 to 255, divide by 255" * has_levels
         )
-    has_levels = array.dtype == np.uint8 and kind in (LEVELS, PROBABILITIES) and not summary.is_binary
-    scale = 255 if has_levels else 1
+    is_scaled = array.dtype == np.uint8 and kind in (LEVELS, PROBABILITIES) and not summary.is_binary
+    scale = 255 if is_scaled else 1
     return np.ascontiguousarray(array, dtype=np.float32) / np.float32(scale)
 
 

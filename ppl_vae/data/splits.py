@@ -82,17 +82,17 @@ class Splits:
         return "\n".join([seen, *(f"{self.name}: {note}" for note in self.notes)])
 
     def _range(self) -> str:
+        if self.kind not in (LEVELS, REAL, COUNTS):
+            return ""
         train = fill_from_observed(self.train)
         low, high = train.min(), train.max()
         if self.kind == LEVELS:
             dark = " (read as level / 255, so nearly black: floats in [0, 1] have a scale of their own)"
             return f" from {int(low)} to {int(high)}" + dark * bool(high < 128)
-        if self.kind in (REAL, COUNTS):
-            whole = low >= 0 and high <= 255 and all(bool((x == x.round()).all()) for x in train.split(1000))
-            levels = " (whole numbers of 8 bits: as uint8 they would be 8-bit levels)"
-            digits = ".4g" if self.kind == REAL else ".0f"
-            return f" from {low:{digits}} to {high:{digits}}" + levels * bool(whole)
-        return ""
+        whole = low >= 0 and high <= 255 and all(bool((x == x.round()).all()) for x in train.split(1000))
+        levels = " (whole numbers of 8 bits: as uint8 they would be 8-bit levels)"
+        digits = ".4g" if self.kind == REAL else ".0f"
+        return f" from {low:{digits}} to {high:{digits}}" + levels * bool(whole)
 
 
 def pluralize(count: int, what: str) -> str:

@@ -58,8 +58,6 @@ def compress_run(options: Compress, *, say: Say) -> Compression:
     num_bytes = coded.write(output)
     with progress_bar(total=len(x), unit="image", desc="the rate to expect") as bar:
         found = evaluate(vae, x, num_particles=K if K > 1 else _ELBO_PARTICLES, seed=options.seed, progress=bar.update)
-    per_dim = len(x) * x[0].numel() * math.log(2)
-    log_weights = torch.from_numpy(code.log_weights)
     result = Compression(
         **vars(run.provenance),
         run=run.folder.name,
@@ -71,9 +69,9 @@ def compress_run(options: Compress, *, say: Say) -> Compression:
         step=runs.load_step(run.folder / runs.MODEL),
         num_bytes=num_bytes,
         initial_bytes=4 * code.initial_words,
-        bits_per_dim=8 * (num_bytes - 4 * code.initial_words) * math.log(2) / per_dim,
+        bits_per_dim=8 * (num_bytes - 4 * code.initial_words) / x.numel(),
         bound=Estimate.mean_of(found.log_evidence if K > 1 else found.elbo, K),
-        coded_bound=Estimate.mean_of(log_weights, K),
+        coded_bound=Estimate.mean_of(torch.from_numpy(code.log_weights), K),
         coded_nats=code.net_bits * math.log(2) / len(x),
         other_formats=measure_other_formats(x.to(torch.uint8) if coded.largest < 256 else x.int()),
         seconds=seconds,

@@ -18,8 +18,8 @@ from ppl_vae.hierarchy import BottomLayerOnly, BottomUp, LayeredDistribution
 from ppl_vae.protocols import LatentModel
 from ppl_vae.vae import check_batch_shape
 
-_MOST_IMAGES = 64  # that are coded together
-_MOST_FLOATS = 2**23  # of the masses of one group
+_MOST_IMAGES = 64  # in a group, which is coded together
+_MOST_FLOATS = 2**23  # in the masses of a group
 
 
 @dataclass

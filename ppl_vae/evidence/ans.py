@@ -1,4 +1,4 @@
-"""A stack of bits that distributions code integers onto: the ANS coder of ``constriction`` and what latents need of it.
+"""A stack of bits that integers and latents are coded onto (ANS).
 
 Every codec has ``push`` and ``pop``, each the other's exact inverse. ``pop`` draws values from bits and shortens the
 stack by -log2 P(values), and ``push`` lengthens it by as much. Latents are the integers i of cells
@@ -18,11 +18,11 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
-CELLS = 2.0**16  # of latents, per unit
-_LARGEST_BITS = 23  # of a uniform symbol; constriction's probabilities have 24 bits
+CELLS = 2.0**16  # per unit of a latent
+_LARGEST_BITS = 23  # of one uniform integer; constriction's probabilities have 24 bits
 # Half the number of coarse cells of a normal, which are 1/32 to 1/16 of its scale wide. Every coarse cell has a mass of
-# at least 2^-24, and what is drawn from these masses far from the mean is expensive: a distribution to draw from gets
-# 6 to 12 scales on each side. One that must reach every latent gets 32 to 64, and an escape.
+# at least 2^-24, so draws fall far from the mean too often, and such latents are expensive: a distribution to draw
+# from gets 6 to 12 scales on each side. One that must reach every latent gets 32 to 64, and an escape.
 _RADIUS, _FAR_RADIUS = 192, 1024
 
 

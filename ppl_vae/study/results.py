@@ -74,7 +74,7 @@ class RunNumbers:
     """One run: its options, its evaluation and its diagnosis. An autoencoder has None for what needs a density.
 
     Args:
-        options: The options that the study varies.
+        options: Those that the study varies, and the network, likelihood, learning rate and seed of all runs.
         seconds, seconds_evaluation, seconds_measuring: The time of its training, evaluation and diagnosis.
         elbo, log_likelihood: The ELBO and L_S, nats per image.
         reliable: Whether L_S has settled (``diagnostics.verdicts.is_reliable``).

@@ -283,7 +283,7 @@ COMPARED_PICTURES = {
     "reconstructions": "Reconstructions: look at edges and thin strokes.",
     "samples": "Samples: which of them could be data?",
     "normal_samples": "Samples of codes from a normal that was fitted to codes.",
-    "mixture_samples": "The same, from a fitted mixture.",
+    "mixture_samples": "Samples of codes from a mixture of normals that was fitted to codes.",
 }
 
 NOT_RANKED = "log p(x) not ranked"  # said of a difference in L_S

@@ -1,4 +1,4 @@
-"""Latents of images, their KL, traversals and planes, on linear Gaussian models where each has a closed form."""
+"""Codes of images, principal directions of codes, and quantiles of priors, each against an independent answer."""
 
 from __future__ import annotations
 

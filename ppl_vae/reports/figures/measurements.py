@@ -221,7 +221,7 @@ def _draw_calibration(verdict: GuideCalibration, ranks: Ranks) -> Figure:
     below = count_ranks(ranks.all, bin_edges(N, M)).cumsum(1)[:, :-1].numpy() / N  # (L + 1, K - 1)
     figure = make_figure(TITLES["guide"].format(verdict=verdict.verdict))
     axes = figure.subplots()
-    axes.fill_between(edges, lower - edges, upper - edges, color="0.85", label="95% of exact guides")
+    axes.fill_between(edges, lower - edges, upper - edges, color="0.85", label="at least 95% of exact guides")
     for row, latent in enumerate(below[:-1]):
         axes.plot(edges, latent - edges, color="tab:blue", alpha=0.5, linewidth=0.7, label=None if row else "latents")
     axes.plot(edges, below[-1] - edges, color="tab:red", linewidth=1.8, label="log p(x, z)")

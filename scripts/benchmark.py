@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from ppl_vae.commands.cli import Command, parse
 from ppl_vae.parts.registry import LIKELIHOODS
+from ppl_vae.runs.files import check_output
 from ppl_vae.runs.options import NOT_EMPTY, PLAIN, POSITIVE_INTEGER, CheckedOptions, Options, option
 from ppl_vae.runtime.process import run_script
 
@@ -473,8 +474,8 @@ def report(result: dict[str, Any]) -> Iterator[str]:
 
 def main() -> None:
     asked = parse(Command("", Benchmark))
-    if asked.output is not None and not Path(asked.output).parent.is_dir():
-        raise ValueError(f"--output: expected a file in a folder that exists, got {asked.output}")
+    if asked.output is not None:
+        check_output(Path(asked.output))
     if not asked.device.startswith("cuda"):
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     with tempfile.TemporaryDirectory() as cache:  # so that what compilation takes does not depend on earlier runs

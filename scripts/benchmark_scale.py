@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ppl_vae.commands.cli import Command, parse
+from ppl_vae.runs.files import check_output
 from ppl_vae.runs.options import NOT_EMPTY, PLAIN, POSITIVE_INTEGER, CheckedOptions, Options, option
 from ppl_vae.runtime.process import run_script
 
@@ -293,8 +294,8 @@ def report(result: dict[str, Any]) -> Iterator[str]:
 
 def main() -> None:
     asked = parse(Command("", Scale))
-    if asked.output is not None and not Path(asked.output).parent.is_dir():
-        raise ValueError(f"--output: expected a file in a folder that exists, got {asked.output}")
+    if asked.output is not None:
+        check_output(Path(asked.output))
     from ppl_vae import runs
 
     made_with = {key: value for key, value in runs.describe_environment("cpu").items() if key != "argv"}

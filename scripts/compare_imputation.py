@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ppl_vae.commands.cli import Command, parse
+from ppl_vae.runs.files import check_output
 from ppl_vae.runs.options import NOT_EMPTY, POSITIVE_INTEGER, CheckedOptions, option
 from ppl_vae.runtime.process import run_script
 
@@ -164,8 +165,8 @@ def compare_mnist(asked: CompareImputation, say: Callable[[str], None]) -> dict[
 
 def main() -> None:
     asked = parse(Command("", CompareImputation))
-    if asked.output is not None and not Path(asked.output).parent.is_dir():
-        raise ValueError(f"--output: expected a file in a folder that exists, got {asked.output}")
+    if asked.output is not None:
+        check_output(Path(asked.output))
     from ppl_vae import runs
 
     def say(line: str) -> None:

@@ -23,7 +23,7 @@ from ppl_vae.reports.text.compression import describe_compression
 from ppl_vae.runs.build import build_likelihood
 from ppl_vae.runs.coded_file import CodedFile, Digest, count_runs, describe_versions, read_coded_file
 from ppl_vae.runs.command_results import Compression
-from ppl_vae.runs.files import replace_file
+from ppl_vae.runs.files import check_output, replace_file
 from ppl_vae.runs.load import find_run_folder, load
 from ppl_vae.runs.open import Say, check_density, load_given_images, open_run
 from ppl_vae.runs.results import to_json
@@ -49,7 +49,7 @@ def compress_run(options: Compress, *, say: Say) -> Compression:
         )
     vae, K = load(run.folder), options.num_particles
     given = load_given_images(run, options.split, most=options.images, seed=options.seed)
-    x, output = given.x, _check_folder(Path(options.output or run.folder / f"{options.split}.bits"))
+    x, output = given.x, check_output(Path(options.output or run.folder / f"{options.split}.bits"))
     started = time.monotonic()
     with progress_bar(total=len(x), unit="image", desc="compressing") as bar:
         code = compress(vae, x, num_particles=K, seed=options.seed, progress=bar.update)
@@ -102,7 +102,7 @@ def decompress_file(options: Decompress, *, say: Say) -> Path:
             f"{path}: this machine computes other numbers from the same weights ({describe_versions()}) than the one "
             f"that wrote it ({coded.versions}), and cannot decode it"
         )
-    output = _check_folder(Path(options.output or path.with_name(path.name + ".npy")))
+    output = check_output(Path(options.output or path.with_name(path.name + ".npy")))
     num_images, place, digest = sum(coded.group_sizes), 0, Digest()
     code = Code(coded.words, coded.initial_words, coded.group_sizes, np.zeros(0))
     arguments = {"largest": coded.largest, "num_particles": coded.num_particles, "seed": coded.seed}
@@ -124,13 +124,6 @@ def decompress_file(options: Decompress, *, say: Say) -> Path:
             raise ValueError(f"{path}: the decoded images are not those that were compressed: their digest differs")
         array.flush()
     say(f"{num_images:,} images from {path}, equal to those that were compressed, in {output}")
-    return output
-
-
-def _check_folder(output: Path) -> Path:
-    """The path of a file that is written after all the work, if there is a folder for it."""
-    if not output.parent.is_dir() or output.is_dir():
-        raise ValueError(f"--output: expected a file in a folder that exists, got {output}")
     return output
 
 

@@ -63,6 +63,16 @@ def write_bytes(path: Path, content: bytes, previous: Path | None = None) -> Non
             os.close(descriptor)
 
 
+def check_output(path: Path) -> Path:
+    """The path of a file that is written after all the work.
+
+    Raises ValueError where its folder does not exist, or where the path is a folder.
+    """
+    if not path.parent.is_dir() or path.is_dir():
+        raise ValueError(f"--output: expected a file in a folder that exists, got {path}")
+    return path
+
+
 def add_file_name(error: OSError, path: Path) -> OSError:
     """The error with the file's name, which errors of open files lack."""
     return OSError(error.errno, error.strerror or str(error), str(path))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import torch
@@ -82,9 +82,3 @@ def join_arguments(tensors: Sequence[Tensor]) -> Data:
 def images_of(data: Data) -> Tensor:
     """The images (N, *E) alone."""
     return arguments_of(data)[0]
-
-
-def map_images(function: Callable[[Tensor], Tensor], data: Data) -> Data:
-    """The same data with function(images) as its images."""
-    x, *further = arguments_of(data)
-    return join_arguments([function(x), *further])

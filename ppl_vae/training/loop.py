@@ -25,7 +25,7 @@ from ppl_vae.runtime.errors import CannotCapture, check_count
 from ppl_vae.runtime.global_state import serialize_threads
 from ppl_vae.runtime.noise import SharedNoise
 from ppl_vae.runtime.ranks import BatchShare, agree, gather_objects, gather_rows, is_writer, num_ranks
-from ppl_vae.runtime.records import Data, Records, map_images
+from ppl_vae.runtime.records import Data, Records, arguments_of, join_arguments
 from ppl_vae.training.checks import (
     check_batch_of_one,
     check_images,
@@ -314,7 +314,8 @@ def _gather_batch(values: Tensor, share: BatchShare | None) -> Tensor:
 
 def _transform_images(transform: Callable[..., Tensor], stored: Data, generator: torch.Generator | None) -> Data:
     """The stored images as the model sees them, with their further tensors as they are."""
-    return map_images(lambda values: transform(values, generator), stored)
+    images, *further = arguments_of(stored)
+    return join_arguments([transform(images, generator), *further])
 
 
 def _in_double_precision(transform: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 import pyro
 import torch
 from pyro import poutine
+from pyro.poutine.messenger import unwrap
 from torch import Tensor, nn
 from torch.distributions import constraints
 
@@ -145,6 +146,24 @@ def explain_program() -> Iterator[None]:
         raise
 
 
+def find_module(program: StochasticFunction) -> nn.Module | None:
+    """The module that a program, within effect handlers, is, or whose method it is; None if there is none."""
+    bare = unwrap(program)
+    module = bare if isinstance(bare, nn.Module) else getattr(bare, "__self__", None)
+    return module if isinstance(module, nn.Module) else None
+
+
+@contextmanager
+def trial_run(device: torch.device, *programs: StochasticFunction) -> Iterator[None]:
+    """Run these programs in evaluation mode, without gradients and validation; random generators are restored."""
+    with ExitStack() as stack:
+        for block in (seeded(0, device), torch.no_grad(), pyro.validation_enabled(False)):
+            stack.enter_context(block)
+        for module in filter(None, map(find_module, programs)):
+            stack.enter_context(evaluation_mode(module))
+        yield
+
+
 def describe_type(x: object) -> str:
     """The type of an argument in words, with dtype and shape where it has them.
 
@@ -158,14 +177,7 @@ def describe_type(x: object) -> str:
 def _sites_of(model: StochasticFunction, x: Data, places: Tensor) -> list[ImageSite]:
     """Find ``find_image_sites`` in a run of the model on the images at these places."""
     probe = x[places]
-    module = getattr(model, "__self__", None)
-    with (
-        seeded(0, x.device),
-        pyro.validation_enabled(False),
-        evaluation_mode(module) if isinstance(module, nn.Module) else nullcontext(),
-        poutine.block(),
-        explain_program(),
-    ):
+    with trial_run(x.device, model), poutine.block(), explain_program():
         try:
             trace = poutine.trace(model).get_trace(*arguments_of(probe))
         except ValueError as error:  # such as images of another shape; Pyro adds lines of its own

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import ExitStack
 from typing import Any
 
 import pyro
@@ -11,16 +10,15 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
-from pyro.poutine.messenger import unwrap
 from pyro.poutine.util import site_is_subsample
-from torch import Tensor, nn
+from torch import Tensor
 
 from ppl_vae.enumeration import Dims, check_enumeration, enumerate_sites, enumerated_dims, is_enumerated, sum_out
 from ppl_vae.protocols import StochasticFunction
 from ppl_vae.runtime.errors import check_count
-from ppl_vae.runtime.global_state import evaluation_mode, seeded, serialize_threads
+from ppl_vae.runtime.global_state import serialize_threads
 from ppl_vae.runtime.records import Data, arguments_of
-from ppl_vae.support import check_support, explain_program
+from ppl_vae.support import check_support, explain_program, trial_run
 from ppl_vae.vae import NO_AUTOGUIDE
 
 NO_DIMS: Dims = {}
@@ -218,24 +216,13 @@ def _get_trace(program: StochasticFunction, x: Data) -> poutine.Trace:
         return poutine.trace(program).get_trace(*arguments_of(x))
 
 
-def find_module(program: StochasticFunction) -> nn.Module | None:
-    """The module that a program, within effect handlers, is, or whose method it is; None if there is none."""
-    bare = unwrap(program)
-    module = bare if isinstance(bare, nn.Module) else getattr(bare, "__self__", None)
-    return module if isinstance(module, nn.Module) else None
-
-
 @serialize_threads()
 def count_branches(model: StochasticFunction, guide: StochasticFunction, x: Data) -> int:
     """The number of values of all enumerated sites together, 1 without any: what each particle holds at once.
 
     The programs run once, on the first image of x, (B, *E), and no random numbers are consumed.
     """
-    with ExitStack() as stack:
-        for block in (seeded(0, x.device), torch.no_grad(), pyro.validation_enabled(False)):
-            stack.enter_context(block)
-        for module in filter(None, map(find_module, (model, guide))):
-            stack.enter_context(evaluation_mode(module))
+    with trial_run(x.device, model, guide):
         p, _ = trace_programs(model, guide, x[:1], 1)
     return math.prod(enumerated_dims(p).values())
 

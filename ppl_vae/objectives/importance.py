@@ -26,10 +26,10 @@ from ppl_vae.runtime.capture import replace_tensors
 from ppl_vae.runtime.errors import check_count
 from ppl_vae.runtime.numerics import log_mean_exp
 from ppl_vae.runtime.records import Records
+from ppl_vae.support import find_module
 from ppl_vae.weights import (
     check_densities,
     check_sites,
-    find_module,
     latent_sites,
     observed_sites,
     sampled_sites,

@@ -25,7 +25,7 @@ from ppl_vae.runtime.errors import NotFinite
 from ppl_vae.runtime.global_state import evaluation_mode, seeded
 from ppl_vae.runtime.ranks import gather_objects, num_ranks
 from ppl_vae.runtime.records import Data, Records, arguments_of, images_of
-from ppl_vae.support import CHECKED_AT_ONCE, check_site, describe_type, find_image_sites, find_missing
+from ppl_vae.support import CHECKED_AT_ONCE, check_site, describe_type, find_image_sites, find_missing, trial_run
 from ppl_vae.training.state import TrainingState
 from ppl_vae.vae import NO_AUTOGUIDE
 from ppl_vae.weights import check_plates, latent_sites, trace_programs
@@ -99,7 +99,7 @@ def check_sites_and_parameters(
 
     The programs run once, on the images x, (B, *E), as stored; nothing is changed, and no random numbers are consumed.
     """
-    with seeded(0, x.device), torch.no_grad(), pyro.validation_enabled(False), evaluation_mode(program):
+    with trial_run(x.device), evaluation_mode(program):
         p, q = trace_programs(program.model, program.guide, transform(x, None), 1)
     own = {id(w) for w in program.parameters()}
     for trace in (q, p):
@@ -148,7 +148,7 @@ def check_batch_of_one(
         return
     copy = deepcopy(program)  # its running averages change
     try:
-        with seeded(0, x.device), torch.no_grad(), pyro.validation_enabled(False):
+        with trial_run(x.device):  # in training mode
             objective(copy.model, copy.guide, transform(x, None), beta=1.0)
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):

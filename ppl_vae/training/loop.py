@@ -100,8 +100,9 @@ def fit(
         compile: Whether the whole step, from the batch to the new weights, runs as one compiled graph. It computes the
             same to rounding, and takes some seconds to compile. Python that changes from step to step (a counter in a
             network, ``requires_grad``) stays as it was at the first step.
-        stream: Whether the images stay where they are, such as in a mapped file, and a thread copies one batch after
-            the other to the device. The weights are the same bit for bit. See ``exceeds_memory``.
+        stream: Whether the images stay where they are, such as in a mapped file, and each batch is copied to the device
+            when its turn comes; a thread gathers it while the step before runs. The weights are the same bit for bit.
+            See ``exceeds_memory``.
         saved: A state by ``TrainingState.to_tensors``, from which the training continues bit for bit.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Where the training images are: all on the device, or in host memory, from which a thread copies the next batches."""
+"""Where the training images are: all on the device, or in host memory, from which a thread gathers the next batch."""
 
 from __future__ import annotations
 

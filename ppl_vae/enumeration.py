@@ -23,7 +23,10 @@ _FIRST_DIM = -3  # left of particles and images
 
 
 def enumerate_sites(program: StochasticFunction, *, after: bool = False) -> StochasticFunction:
-    """The program with all values of its marked sites at once; ``after`` a guide, whose dimensions stay taken."""
+    """The program with all values of its marked sites at once.
+
+    A guide runs first. The model runs ``after`` it, and its sites get dimensions to the left of the guide's.
+    """
     return EnumMessenger(None if after else _FIRST_DIM)(program)
 
 
@@ -57,17 +60,17 @@ def check_enumeration(trace: poutine.Trace) -> None:
 
 
 def sum_out(terms: Sequence[Tensor], dims: Dims) -> Tensor:
-    """log sum_{y_1, y_2, ...} exp(sum of terms), over the dimensions ``dims``; of nothing it is 0.
+    """log sum_{y_1, y_2, ...} exp(sum of terms), over the dimensions ``dims``.
 
     One site after the other is summed, the last first, over the terms that depend on it: a chain of n sites with K
     values costs n K^2, and not K^n. Sums are logarithms throughout, so that none underflows.
 
     Args:
-        terms: Log-densities that broadcast to (*K, S, B), nats.
+        terms: One log-density or more, which broadcast to (*K, S, B), nats.
         dims: As ``enumerated_dims``.
 
     Returns:
-        (S, B), behind such dimensions as are not summed.
+        (S, B) nats, with the dimensions that are not summed on the left.
     """
     remaining = list(terms)
     for dim in sorted(dims):

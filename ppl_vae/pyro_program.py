@@ -51,7 +51,7 @@ class PyroProgram(nn.Module):
         self._model, self._guide = model, guide
         self.parts = nn.ModuleList(dict.fromkeys([*_find_modules(model), *_find_modules(guide)]))
         self.own = nn.ParameterDict()
-        self._places: dict[str, tuple[str, constraints.Constraint]] = {}  # by name, where in ``own``, and within what
+        self._places: dict[str, tuple[str, constraints.Constraint]] = {}  # by name: the key in ``own``, the constraint
         self._create(*example)
 
     @serialize_threads()

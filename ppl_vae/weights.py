@@ -30,7 +30,7 @@ class DeterministicGuide(ValueError):
 
 
 def site_log_prob(name: str, site: dict[str, Any], shape: tuple[int, int], dims: Dims = NO_DIMS) -> Tensor:
-    """The log-density of a site, (S, B) behind the dimensions ``dims`` of enumerated sites. Masks apply, scales do not.
+    """The log-density of a site, (*K, S, B) nats; ``dims`` as ``enumerated_dims``. Masks apply, scales do not.
 
     Raises:
         ValueError: The site is not in the images' plate, or does not have one number per particle and image.
@@ -50,7 +50,7 @@ def site_log_prob(name: str, site: dict[str, Any], shape: tuple[int, int], dims:
 
 
 def check_plates(name: str, site: dict[str, Any], num_images: int) -> None:
-    """Raise ValueError unless a site is in one plate that holds all images of the batch, and in none but that."""
+    """Raise ValueError unless the plate of all images of the batch is the only one around a site."""
     plates = {frame.name: frame for frame in site["cond_indep_stack"] if frame.name != _PARTICLES}
     images = [plate for plate in plates.values() if plate.dim == -1]
     # Checked by the plate and not by the shape alone, which one image would satisfy.
@@ -188,7 +188,7 @@ def trace_programs(
     """Run the guide, and the model on the same draws, with S particles of every image x, (B, *E).
 
     Returns:
-        The model's trace and the guide's, whose sites have the batch shape (S, B), behind those of enumerated sites.
+        The model's trace and the guide's, whose sites have the batch shape (*K, S, B): K for each enumerated site.
 
     Raises:
         ValueError: As ``check_sites``.

@@ -120,7 +120,7 @@ def check_support(model: StochasticFunction, data: Data) -> None:
 
 @contextmanager
 def explain_program() -> Iterator[None]:
-    """Raise a ValueError of one line, which says what to do, for what no program over a batch can have."""
+    """Turn errors that Python and Pyro raise about a program into a ValueError of one line that says what to do."""
     try:
         yield
     except TypeError as error:

@@ -218,7 +218,7 @@ def _get_trace(program: StochasticFunction, x: Data) -> poutine.Trace:
 
 @serialize_threads()
 def count_branches(model: StochasticFunction, guide: StochasticFunction, x: Data) -> int:
-    """The number of values of all enumerated sites together, 1 without any: what each particle holds at once.
+    """The number of joint values of all enumerated sites, the most that a particle's tensors hold; 1 without any.
 
     The programs run once, on the first image of x, (B, *E), and no random numbers are consumed.
     """

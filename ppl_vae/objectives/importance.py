@@ -120,7 +120,7 @@ class IWAE(DifferentiableLoss):
 
     A site's density is raised to the power of its scale, so that ``Temper`` gives log p(x | z) + beta (log p(z) -
     log q(z | x)). The subsampling scale of a plate multiplies the bound instead. Enumerated sites are summed as in
-    ``log_weight_terms``: q(y | x) of one in the guide is not in the weight, and gets no gradient.
+    ``log_weight_terms``. If y is enumerated in the guide, q(y | x) is not in the weight and gets no gradient.
 
     Raises:
         ValueError: When it is taken: a latent site of the guide is not reparametrized, or as ``log_weight_terms``.

@@ -29,7 +29,7 @@ def download(address: str) -> Path:
         address: hf://USER/NAME, or hf://USER/NAME@REVISION with a branch, a tag or a commit.
 
     Raises:
-        ValueError: The address is none, huggingface_hub is not installed, or the Hub does not give the files.
+        ValueError: The address is malformed, huggingface_hub is not installed, or the Hub does not give the files.
     """
     name, revision = _split_address(address)
     with _one_line(address):
@@ -93,7 +93,12 @@ def _split_address(address: str, asker: str = "") -> tuple[str, str | None]:
 
 @contextmanager
 def _one_line(asker: str, kept: str = "") -> Iterator[None]:
-    """Errors of huggingface_hub, or that it is missing, as a ValueError of one line."""
+    """Raise a ValueError of one line where huggingface_hub is missing or raises an error.
+
+    Args:
+        asker: What the line starts with: the address, or the option.
+        kept: What the line ends with.
+    """
     try:
         from huggingface_hub import constants, errors
     except ImportError:

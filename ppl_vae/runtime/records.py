@@ -10,9 +10,9 @@ from torch import Size, Tensor
 
 
 class Records:
-    """N images with further tensors of N rows: a program of its own takes them as ``model(x, *further)``.
+    """N images with further tensors of N rows, which a program takes as ``model(x, *further)``.
 
-    It is cut into batches, groups and chunks as a tensor of images is, and its shape, type and device are the images'.
+    Records are cut into batches, groups and chunks as a tensor of images is. Shape, type and device are the images'.
 
     >>> data = Records(torch.zeros(3, 28, 28), torch.tensor([7, 2, 1]))  # images with labels
     >>> [len(part) for part in data.split(2)]

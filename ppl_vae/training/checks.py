@@ -238,6 +238,7 @@ def check_images(state: TrainingState, train: Data, transform: Callable[..., Dat
 
 
 def _advise(x: Tensor) -> str:
+    """What to do about NaN in the images x, to end a message with; nothing without any."""
     advice = "; missing values (NaN) leave the likelihood of an IncompleteVAE, or with --missing train"
     return advice if x.isnan().any() else ""
 

@@ -334,7 +334,7 @@ def test_training_reaches_the_mixture_that_made_the_data():
     assert abs(gap.mean().item()) < 0.1
 
 
-def test_the_whole_is_a_pyro_loss_for_svi_too():
+def test_the_enumerated_elbo_is_a_pyro_loss_for_svi_too():
     mixture = Amortized()
     x = mixture.draw(10)
     pyro.clear_param_store()

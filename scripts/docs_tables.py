@@ -269,7 +269,7 @@ def speed_evaluation() -> str:
 def scale() -> str:
     found = stored("scale")
     later = found["folder"]["later_than_mnist_seconds"]
-    streamed = {f"{of['ratio']:.2f}" for of in found["streaming"].values()}
+    streamed = [f"{of['ratio']:.2f}" for of in stored("streaming")["streaming"].values()]
     return markdown(
         ["what", "measured"],
         [
@@ -282,7 +282,7 @@ def scale() -> str:
                 [f"later starts, compared with embedded MNIST, `{likelihood}`", f"{seconds:+.1f} s"]
                 for likelihood, seconds in later.items()
             ),
-            [f"a streamed step over a resident one ({len(found['streaming'])} networks)", ", ".join(sorted(streamed))],
+            [f"a streamed step over a resident one ({len(streamed)} networks)", ", ".join(sorted(streamed))],
             ["resuming, compared with starting", f"{found['resume']['more_than_a_start_seconds']:+.1f} s"],
         ],
     )

@@ -35,7 +35,7 @@ _SHEET = 32  # images in a row, and rows, of one picture in another format
 
 
 def compress_run(options: Compress, *, say: Say) -> Compression:
-    """Writes images of a split as a file, and a JSON file of its rate beside it, and prints the rate.
+    """Writes images of a split as a file, and its rate as a JSON file, and prints the rate.
 
     The rate is compared with the one that the ELBO, or the bound L_K, of the same images predicts, and with other
     formats of the same images. Refuses densities.

@@ -107,9 +107,9 @@ def _options() -> dict[str, bool]:
 def busy_compiler(device: torch.device) -> Iterator[None]:
     """Keep the C++ compiler busy while Python still works on the graph.
 
-    It compiles torch's headers while the function is traced, and each kernel as soon as its code is there. When this was
-    introduced, it took the default training step from 39 s to 26 s, from an empty cache on two idle cores. The digests
-    of torch's sources, by which the cache finds a graph, are computed meanwhile as well.
+    It compiles torch's headers while the function is traced, and each kernel as soon as its code is there. When this
+    was introduced, it took the default training step from 39 s to 26 s, from an empty cache on two idle cores. The
+    digests of torch's sources, by which the cache finds a graph, are computed meanwhile as well.
     """
     from torch._inductor import codecache, config
     from torch._inductor.async_compile import AsyncCompile

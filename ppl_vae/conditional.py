@@ -24,11 +24,11 @@ class Conditional(nn.Module):
     """p(y | c) = family(net(c)).
 
     Args:
-        net: tensors (..., *C) -> features (..., F).
+        net: tensors (..., *C) -> features (..., F); with a label it takes c and the label.
         family: features (..., F) -> a distribution with batch shape (...); it has ``num_features`` (F) and
             ``event_shape``.
 
-    ``forward(c)`` returns the distribution.
+    ``forward(c)`` returns the distribution, and ``forward(c, label)`` that of a net with a label.
 
     Raises:
         ValueError: The network has another number of features than the family.
@@ -44,8 +44,8 @@ class Conditional(nn.Module):
         """The shape of one y."""
         return tuple(self.family.event_shape)
 
-    def forward(self, c: Tensor) -> Distribution:
-        h, F = self.net(c), self.family.num_features
+    def forward(self, c: Tensor, *label: Tensor) -> Distribution:
+        h, F = self.net(c, *label), self.family.num_features
         if not isinstance(h, Tensor) or h.shape[-1] != F:
             got = tuple(h.shape) if isinstance(h, Tensor) else type(h).__name__
             raise ShapeError(f"net: expected one tensor of {F} features for {type(self.family).__name__}, got {got}")

@@ -67,6 +67,11 @@ def check_latent_model(vae: object, x: object = None) -> None:
             f"vae: expected a VAE, or a module with prior(), likelihood(z) and posterior(x), got {type(vae).__name__}; "
             "importance, log_evidence and evaluate take a program with a model and a guide alone"
         )
+    if hasattr(vae, "fix_label"):
+        raise ValueError(
+            f"vae: expected a model of images alone, got {type(vae).__name__}, which takes labels; vae.fix_label(y) is "
+            "the model of one label"
+        )
     if isinstance(x, Records):
         raise ValueError(
             "x: expected a tensor of images, got Records; importance, log_evidence and evaluate take further tensors"

@@ -23,7 +23,7 @@ from torch.distributions import Distribution
 
 from ppl_vae.runtime import ranks as distributed
 from ppl_vae.runtime.errors import is_out_of_memory
-from ppl_vae.runtime.records import Data, images_of
+from ppl_vae.runtime.records import Data, arguments_of, images_of
 
 Result = TypeVar("Result")
 
@@ -91,7 +91,8 @@ def pairs_per_pass(vae: object, x: Data) -> int:
     """
     pairs = images_per_pass(x, getattr(vae, "likelihood", None))
     prior = getattr(vae, "prior", None)
-    return pairs if prior is None else min(pairs, latents_per_pass(prior(), x.device.type))
+    label = arguments_of(x[:1])[1:] if hasattr(vae, "fix_label") else ()
+    return pairs if prior is None else min(pairs, latents_per_pass(prior(*label), x.device.type))
 
 
 def even_divisor(total: int, most: int) -> int:

@@ -1,0 +1,94 @@
+"""VAEs of labelled images: p(x, z | y) = p(z | y) p(x | z, y), with the guide q(z | x, y)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
+
+import pyro
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from ppl_vae.protocols import Program, StochasticFunction, register_programs
+from ppl_vae.vae import VAE, check_batch_shape, check_event_shape
+
+
+class ConditionalVAE(nn.Module):
+    """p(x, z | y) = p(z | y) p(x | z, y), with the guide q(z | x, y).
+
+    The programs take ``Records(x, y)``: x (B, *E) and the labels y (B,), int64, from 0 to K - 1. Bounds of
+    ``log_evidence`` are on log p(x | y).
+
+    Args:
+        prior: y (...) -> p(z | y), batch (...), or () where it ignores y; event (L,).
+        likelihood: z (..., L), y -> p(x | z, y), batch (...), event E.
+        posterior: x (..., *E), y -> q(z | x, y), batch (...), event (L,).
+        class_probs: (K,) p(y), such as the frequencies in training; a buffer that is stored with the weights.
+
+    Raises:
+        ValueError: The shape of an image is not the likelihood's event shape.
+
+    Reference: Kingma et al. 2014, arXiv 1406.5298; Sohn et al. 2015, "Learning structured output representation using
+    deep conditional generative models".
+    """
+
+    class_probs: Tensor
+
+    def __init__(
+        self,
+        prior: Callable[[Tensor], Distribution],
+        likelihood: Callable[[Tensor, Tensor], Distribution],
+        posterior: Callable[[Tensor, Tensor], Distribution],
+        class_probs: Tensor,
+    ) -> None:
+        super().__init__()
+        self.prior = prior
+        self.likelihood = likelihood
+        self.posterior = posterior
+        self.register_buffer("class_probs", class_probs)
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return len(self.class_probs)
+
+    def model(self, x: Tensor, y: Tensor) -> None:
+        """z ~ p(z | y), x ~ p(x | z, y). x: (B, *E), observed; y: (B,)."""
+        with pyro.plate("images", len(x), dim=-1):
+            z = pyro.sample("z", self.prior(y))
+            pyro.sample("x", check_event_shape(self.likelihood(z, y), x, z), obs=x)
+
+    def guide(self, x: Tensor, y: Tensor) -> None:
+        """z ~ q(z | x, y). x: (B, *E); y: (B,)."""
+        with pyro.plate("images", len(x), dim=-1):
+            pyro.sample("z", check_batch_shape(self.posterior(x, y), x))
+
+    def programs(self) -> tuple[StochasticFunction, StochasticFunction]:
+        """Return model and guide with their parameters registered, for plain ``pyro.infer.SVI``, as ``VAE`` does."""
+        return register_programs(cast(Program, self))
+
+    def fix_label(self, label: int) -> VAE:
+        """The VAE p(z | y) p(x | z, y) of one label y, with the same weights.
+
+        Raises:
+            ValueError: The label is not from 0 to K - 1.
+        """
+        if not 0 <= label < self.num_classes:
+            raise ValueError(f"label: expected a class from 0 to {self.num_classes - 1}, got {label}")
+        y = torch.tensor(label, device=self.class_probs.device)
+        return VAE(*(_FixedLabel(part, y) for part in (self.prior, self.likelihood, self.posterior))).eval()
+
+
+class _FixedLabel(nn.Module):
+    """A part of a ``ConditionalVAE`` with the label y, (), as its last argument."""
+
+    y: Tensor
+
+    def __init__(self, part: Callable[..., Distribution], y: Tensor) -> None:
+        super().__init__()
+        self.part = part
+        self.register_buffer("y", y, persistent=False)
+
+    def forward(self, *c: Tensor) -> Distribution:
+        return self.part(*c, self.y)

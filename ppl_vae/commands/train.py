@@ -15,6 +15,7 @@ from tqdm import tqdm
 from ppl_vae import data, runs
 from ppl_vae.commands.evaluate import write_evaluation
 from ppl_vae.commands.options import Evaluate, Train
+from ppl_vae.labels import ConditionalVAE
 from ppl_vae.reports.run_figures import is_drawn, write_figures
 from ppl_vae.reports.text.run import describe_epoch, describe_model, describe_training, describe_validation
 from ppl_vae.runs.build import build_vae
@@ -42,6 +43,7 @@ from ppl_vae.runs.resolve import (
     load_splits,
     matmul_precision,
     resolve,
+    set_class_probs,
 )
 from ppl_vae.runs.results import is_evaluated, to_json
 from ppl_vae.runtime import ranks as distributed
@@ -268,7 +270,9 @@ def _train(run: Run, saved: Saved | None, *, say: Say, compile_if_possible: bool
     if stream:
         gib = stored.numel() * stored.element_size() / 2**30
         say(f"The training images ({gib:.2f} GiB) are not held on the device: each batch is brought there in time.")
-    validation = data.evaluation_images(splits, "validation", run.pixels) if len(splits.validation) else None
+    images, validation = run.with_labels("train", stored), None
+    if len(splits.validation):
+        validation = run.with_labels("validation", data.evaluation_images(splits, "validation", run.pixels))
     vae = _prepare_vae(run, saved, say)
     step, total = 0 if saved is None else saved[1]["step"], count_steps(options, len(splits.train))
     if distributed.is_writer():
@@ -288,7 +292,7 @@ def _train(run: Run, saved: Saved | None, *, say: Say, compile_if_possible: bool
                 say("Compiling the training step ...")
             return fit(
                 vae,
-                stored,
+                images,
                 **fit_arguments(options, validation),
                 transform=transform,
                 callbacks=record.callbacks(should_stop),
@@ -326,6 +330,8 @@ def _prepare_vae(run: Run, saved: Saved | None, say: Say) -> VAE:
         say(f"Starting from the weights of {options.start_from}.")
     else:
         initialize_output_bias(vae, data.initialization_images(run.splits, run.pixels))
+        if isinstance(vae, ConditionalVAE):
+            set_class_probs(vae, run.splits.labels["train"])
     return vae.to(find_device(options.device))
 
 

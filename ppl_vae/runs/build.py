@@ -13,8 +13,10 @@ from torch import nn
 from ppl_vae import data
 from ppl_vae.conditional import Conditional
 from ppl_vae.hierarchy import BottomLayerOnly, BottomUp, HierarchicalVAE, LayeredPrior, TopDown
+from ppl_vae.labels import ConditionalVAE
 from ppl_vae.parts import likelihoods, networks
 from ppl_vae.parts.incomplete import IncompleteVAE, ZeroFilled
+from ppl_vae.parts.labelled import ClassFlow, LabelledDecoder, LabelledEncoder, SharedPrior
 from ppl_vae.parts.registry import DENSE_NETWORKS, LIKELIHOODS, NETWORKS, POSTERIORS, PRIORS, find_owners
 from ppl_vae.protocols import Likelihood
 from ppl_vae.runs.options import PLAIN, Options, default_objective, format_flag
@@ -28,31 +30,36 @@ _OF_SEVERAL_LAYERS = ("upper_hidden", "inference", "decoder_input")
 def build_vae(options: Options, event_shape: Sequence[int]) -> VAE:
     """Builds the VAE that the options describe, with fresh weights from torch's global generator.
 
-    With several layers of latents it is a ``HierarchicalVAE``, which has the same parts and the same two programs. The
-    event shape is that of one image, (C, H, W), or of one row, (D,).
+    With several layers of latents it is a ``HierarchicalVAE``, which has the same parts and the same two programs; with
+    labels a ``ConditionalVAE``, whose parts and programs take the label too. The event shape is that of one image,
+    (C, H, W), or of one row, (D,).
     """
     options = resolve_parts(options)
     assert options.prior is not None
     check_parts(options)
     network = NETWORKS[options.network].load()
-    sizes = {"channels": options.channels, "hidden": options.hidden}
     family = build_likelihood(options, event_shape)
 
     is_incomplete, with_mask = options.missing == "train", options.missing_mask == "on"
 
-    def make_encoder(num_features: int) -> nn.Module:
+    def make_encoder(num_features: int, hidden: Sequence[int] = options.hidden or ()) -> nn.Module:
         first, *others = event_shape
-        net = network.encoder((2 * first, *others) if with_mask else event_shape, num_features, **sizes)
+        shape = (2 * first, *others) if with_mask else event_shape
+        net = network.encoder(shape, num_features, channels=options.channels, hidden=hidden)
         if is_incomplete:
             net = ZeroFilled(net, with_mask=with_mask, event_dims=len(event_shape))
         # Pixels that are not zeros and ones may be in any unit.
         return net if family.data_kind == data.BINARY else networks.Standardized(net, event_shape)
 
     def make_decoder(num_latents: int) -> nn.Module:
-        return network.decoder(num_latents, event_shape, family.num_features, **sizes)
+        return network.decoder(
+            num_latents, event_shape, family.num_features, channels=options.channels, hidden=options.hidden
+        )
 
     if options.upper_latents:
         built = cast(VAE, _build_hierarchy(options, event_shape, make_encoder, make_decoder, family))
+    elif options.condition == "labels":
+        built = cast(VAE, _build_conditional(options, make_encoder, make_decoder, family))
     else:
         guide = POSTERIORS[options.posterior].build(options, latent_dim=options.latent_dim)
         likelihood = Conditional(make_decoder(options.latent_dim), family)  # the order of fresh weights
@@ -64,6 +71,9 @@ def build_vae(options: Options, event_shape: Sequence[int]) -> VAE:
         parts = [built.get_submodule("likelihood"), built.get_submodule("posterior")]
         if isinstance(built, HierarchicalVAE):
             parts.append(built.prior.layers)
+        if isinstance(built, ConditionalVAE):  # the last layer of the image's network is within the encoder
+            net = built.get_submodule("posterior.net.net")
+            parts.append(net.get_submodule("net.output" if isinstance(net, networks.Standardized) else "output"))
         if isinstance(built.posterior, TopDown):
             outputs = (getattr(feature, "output", None) for feature in built.posterior.features)
             parts += [output for output in outputs if isinstance(output, nn.Module)]
@@ -117,6 +127,29 @@ def _build_hierarchy(
     return HierarchicalVAE(prior, Conditional(net, family), guide)
 
 
+def _build_conditional(
+    options: Options,
+    make_encoder: Callable[..., nn.Module],
+    make_decoder: Callable[[int], nn.Module],
+    family: Likelihood,
+) -> ConditionalVAE:
+    """Builds a VAE of labelled images whose classes are equally probable. The options are resolved.
+
+    The label joins the image's features before the last hidden layer of the encoder, and z before the decoder.
+    """
+    assert options.classes is not None
+    assert options.hidden is not None
+    assert options.prior is not None
+    K, L, width = options.classes, options.latent_dim, options.hidden[-1]
+    guide = POSTERIORS[options.posterior].build(options, latent_dim=L)
+    likelihood = Conditional(LabelledDecoder(make_decoder(L + K), K), family)
+    head = NETWORKS[options.network].load().dense(width + K, guide.num_features, hidden=(width,))
+    encoder = LabelledEncoder(make_encoder(width, options.hidden[:-1]), head, K)
+    prior = PRIORS[options.prior].build(options, latent_dim=L)
+    prior = ClassFlow(K, prior.flow, L) if options.prior == "flow" else SharedPrior(prior)
+    return ConditionalVAE(prior, likelihood, Conditional(encoder, guide), torch.full((K,), 1 / K))
+
+
 def build_likelihood(options: Options, event_shape: Sequence[int]) -> Likelihood:
     """Builds the likelihood that the options name, with fresh parameters. Refuses an option of another likelihood."""
     _check_owners(options, "likelihood")
@@ -140,6 +173,10 @@ def check_parts(options: Options) -> None:
             f"--posterior delta: expected --prior standard-normal, got {options.prior}: without a KL nothing trains a "
             "prior"
         )
+    if options.condition == "labels":
+        _check_condition(options)
+    elif options.classes is not None:
+        raise ValueError(f"--classes: expected it together with --condition labels, got {options.classes} alone")
     if options.missing_mask == "on" and options.missing != "train":
         raise ValueError(f"--missing-mask: expected off without --missing train, got {options.missing_mask}")
     if options.missing == "train" and options.upper_latents is not None:
@@ -157,6 +194,17 @@ def check_parts(options: Options) -> None:
             "--upper-latents: expected a --prior with a density of its own, got vamp (the guide's density of the top "
             "layer alone has no formula)"
         )
+
+
+def _check_condition(options: Options) -> None:
+    """Raises ValueError for options that a VAE of labelled images does not have."""
+    if options.classes is None:
+        raise ValueError("--condition labels: expected --classes, the number of classes, got none")
+    for name, refused in (("prior", ("vamp",)), ("posterior", ("delta",)), ("missing", ("train",))):
+        if getattr(options, name) in refused:
+            raise ValueError(f"--condition labels: expected another {format_flag(name)}, got {getattr(options, name)}")
+    if options.upper_latents is not None:
+        raise ValueError("--condition labels: expected one layer of latents, got --upper-latents")
 
 
 def _check_owners(options: Options, choice: str) -> None:

@@ -27,6 +27,7 @@ from ppl_vae.runs.resolve import (
 )
 from ppl_vae.runs.results import Provenance
 from ppl_vae.runtime.ranks import Say
+from ppl_vae.runtime.records import Data, Records
 from ppl_vae.vae import VAE
 
 
@@ -53,6 +54,10 @@ class Run(NamedTuple):
     def evaluated_pixels(self) -> str:
         """How ``load_evaluated_vae`` sees pixels, a word of ``data.PIXELS``."""
         return choose_evaluated_pixels(self.options, self.splits)
+
+    def with_labels(self, split: str, x: Tensor) -> Data:
+        """All images x (N, *E) of a split as the model takes them: with their labels, if it takes labels."""
+        return x if self.options.condition == "none" else Records(x, self.splits.labels[split])
 
     @property
     def scale(self) -> str:

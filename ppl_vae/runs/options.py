@@ -138,6 +138,7 @@ def expand_home(value: object) -> object:
 # --- The options of a run ---
 
 COMPILES = ("auto", "on", "off")
+CONDITIONS = ("none", "labels")
 PRECISIONS = ("float32", "tf32", "bf16")
 PLACES = ("data_dir", "start_from")  # options that are paths on the machine of a training
 
@@ -194,6 +195,12 @@ class Options(CheckedOptions):
         "data",
     )
 
+    condition: str = option(
+        "none", "labels: p(x | y) of images given their label, and the classifier p(y | x)", CONDITIONS, "model"
+    )
+    classes: int | None = _rare(
+        None, "number of classes of --condition labels (default: those of the training labels)", WIDTH, "model"
+    )
     likelihood: str = option("bernoulli", "p(x | z)", parts.LIKELIHOODS, "model")
     likelihood_scale: float = _rare(
         0.5, "scale of normal-fixed, as a fraction of the spread of the training pixels", POSITIVE, "model"

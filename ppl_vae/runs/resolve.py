@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from ppl_vae import data, objectives
+from ppl_vae.labels import ConditionalVAE
 from ppl_vae.parts import likelihoods, networks, priors
+from ppl_vae.parts.labelled import LabelledEncoder
 from ppl_vae.parts.registry import OBJECTIVES, SCHEDULES
 from ppl_vae.protocols import Likelihood
 from ppl_vae.runs.build import build_likelihood, check_parts, is_autoencoder, resolve_parts
@@ -21,6 +23,7 @@ from ppl_vae.runs.files import JsonObject
 from ppl_vae.runs.options import Options, compiling_pays, default_objective
 from ppl_vae.runtime import capture
 from ppl_vae.runtime.global_state import serialize_threads
+from ppl_vae.runtime.records import Data
 from ppl_vae.training import Optimizer, Schedule, Validation
 from ppl_vae.training.settings import default_warmup
 from ppl_vae.vae import VAE
@@ -58,8 +61,8 @@ def check_objective(options: Options) -> None:
         )
 
 
-def fit_arguments(options: Options, validation: Tensor | None) -> JsonObject:
-    """The arguments of ``fit`` that the (resolved) options name. validation: (M, *E) images as evaluated, or None."""
+def fit_arguments(options: Options, validation: Data | None) -> JsonObject:
+    """The arguments of ``fit`` that the (resolved) options name. validation: images as evaluated, or None."""
     rate = SCHEDULES[options.schedule]
     return {
         "epochs": options.epochs,
@@ -91,6 +94,11 @@ def validation_particles(options: Options) -> int:
     return options.num_particles if options.objective in ("iwae", "dreg") else 1
 
 
+def set_class_probs(vae: ConditionalVAE, labels: Tensor) -> None:
+    """Set p(y) to the frequencies of the training labels, (N,)."""
+    vae.class_probs.copy_(labels.bincount(minlength=vae.num_classes) / len(labels))
+
+
 @serialize_threads()
 def initialize_output_bias(vae: VAE, x: Tensor) -> None:
     """Set the decoder's output bias, and units if it has any, so that training starts from the pixels' marginals.
@@ -102,6 +110,7 @@ def initialize_output_bias(vae: VAE, x: Tensor) -> None:
     with torch.no_grad():
         vae.likelihood.net.output.bias.copy_(vae.likelihood.family.fit_marginals(x))  # type: ignore[attr-defined]
         net = getattr(vae.posterior, "net", None)
+        net = net.net if isinstance(net, LabelledEncoder) else net
         if isinstance(net, networks.Standardized):
             net.fit_marginals(x)
         if isinstance(vae.prior, priors.VampPrior):
@@ -182,7 +191,7 @@ def resolve(options: Options, seen: data.Splits) -> Options:
 
     Raises ValueError for options at odds with the data, with each other, or with this machine.
     """
-    options = resolve_parts(options)
+    options = replace(resolve_parts(options), classes=resolve_classes(options, seen))
     family = build_likelihood(options, seen.event_shape)
     default = "dynamic" if family.data_kind == data.BINARY else "none"
     found = data.resolve_binarization(seen, options.binarization, default=default)
@@ -210,6 +219,29 @@ def resolve(options: Options, seen: data.Splits) -> Options:
     )
     check_support(resolved, seen)
     return resolved
+
+
+def resolve_classes(options: Options, seen: data.Splits) -> int | None:
+    """The number of classes K of the labels that the model takes; None for a model without labels.
+
+    Raises ValueError for images without a label, and for labels that are not 0 to K - 1, each with a training image.
+    """
+    if options.condition == "none":
+        return options.classes
+    for split in data.SPLITS:
+        if len(getattr(seen, split)) and split not in seen.labels:
+            raise ValueError(f"--condition labels: expected a label of each image, got none for {split} of {seen.name}")
+    found = {split: y.unique().tolist() for split, y in seen.labels.items()}
+    K = options.classes or len(found["train"])
+    if found["train"] != list(range(K)):
+        words = f"{len(found['train'])} labels from {found['train'][0]} to {found['train'][-1]}"
+        raise ValueError(
+            f"--condition labels: expected training images of each class from 0 to {K - 1}, got {words} in {seen.name}"
+        )
+    for split, labels in found.items():
+        if unknown := [y for y in labels if not 0 <= y < K]:
+            raise ValueError(f"--condition labels: expected classes from 0 to {K - 1}, got {unknown[0]} in {split}")
+    return K
 
 
 def _resolve_dequantization(options: Options, seen: data.Splits, binarization: str, measure: str) -> str:

@@ -161,7 +161,7 @@ BAD_WORDS = {
             """
             hidden channels image_size dequantization_draws likelihood_components latent_dim epochs batch_size
             num_particles images evaluation_particles prior_components prior_layers prior_hidden
-            posterior_layers posterior_hidden upper_latents upper_hidden
+            posterior_layers posterior_hidden upper_latents upper_hidden classes
             """,
         ),
         (
@@ -169,7 +169,7 @@ BAD_WORDS = {
             """
             protocol compile stream tensorboard precision dequantization transform fit color binarization
             likelihood network prior posterior prior_flow posterior_flow inference decoder_input initialization
-            schedule scale_map objective keep kl missing missing_mask
+            schedule scale_map objective keep kl missing missing_mask condition
             """,
         ),
         (
@@ -284,6 +284,7 @@ EXAMPLES: dict[str, Any] = {
     "prior": "flow",
     "objective": "stl",
     "upper_latents": 3,
+    "classes": 3,
     "skip_norm": 1e6,
     "start_from": "x",
 }

@@ -354,7 +354,7 @@ WORDS = (
     "standard-normal mixture vamp flow affine spline diagonal full delta iaf top-down bottom-up all shrinking "
     "wide bounded exp softplus elbo free-bits dreg stl cosine stages sampled analytic best last float32 tf32 "
     "bf16 guide prior mlp128 iwae20 iwae100 conv128 default training evaluation likelihoods start ranks "
-    "folder streaming resume"
+    "folder streaming resume labels"
 )
 
 

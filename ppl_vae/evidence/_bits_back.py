@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributions import Distribution
 
-from ppl_vae.evidence.ans import Floats, Ints, Mask, Stack, all_rows, cell_centers, double_array
+from ppl_vae.evidence.ans import Floats, Ints, Mask, Stack, cell_centers, double_array
 from ppl_vae.evidence.latent_codes import make_latent_codec
 from ppl_vae.evidence.pixel_codes import claims_too_much, find_num_bits, make_pixel_codec
 from ppl_vae.hierarchy import BottomLayerOnly, BottomUp, LayeredDistribution
@@ -39,80 +38,104 @@ class Coder:
         prior = self.vae.prior()
         self._prior, self._num_latents = make_latent_codec(prior, is_far=True), prior.event_shape[0]
         net = getattr(self.vae.likelihood, "net", None)
+        p = self.vae.likelihood(torch.zeros(2, self._num_latents))
+        self._num_pixels, self._num_values = p.event_shape.numel(), 1 << find_num_bits(p, self.largest)
         self._swaps = (
             self.num_particles == 1 and isinstance(self.vae.posterior, BottomUp) and isinstance(net, BottomLayerOnly)
         )
+        # Bit-Swap pushes a layer before it pops the next but one.
+        dims = prior.latent_dims if self._swaps and isinstance(prior, LayeredDistribution) else (self._num_latents,)
+        self._words_per_vector = max(dims)
 
-    def find_words_per_image(self, x: Tensor) -> int:
-        """About how many words the latents of one image need, at most."""
-        q, num_latents = self._infer(x[:1], x[:0]), self._num_latents
-        make_latent_codec(q, is_far=False)  # refuses what has no code
-        if self._swaps and isinstance(q, LayeredDistribution):
-            num_latents = max(q.latent_dims)  # a layer is pushed before the next but one is popped
-        return (self.num_particles + 1) * num_latents + 4
-
-    def find_most_images(self) -> int:
-        """The number of images whose masses fit into memory."""
-        p = self.vae.likelihood(torch.zeros(2, self._num_latents))
-        values = 1 << find_num_bits(p, self.largest)
-        floats = p.event_shape.numel() * max(values, 16 * self.num_particles)
-        if floats > 8 * _MOST_FLOATS:
+    def check(self, x: Tensor) -> None:
+        """Raises ValueError where images like these (N, *E) cannot be coded."""
+        make_latent_codec(self._infer(x[:1], x[:0]), is_far=False)
+        if self._num_pixels * max(self._num_values, 16 * self.num_particles) > 8 * _MOST_FLOATS:
             raise ValueError(
                 f"x: expected values whose masses fit into memory, got up to {self.largest:,} in each of "
-                f"{p.event_shape.numel():,} pixels"
+                f"{self._num_pixels:,} pixels"
             )
-        return max(1, min(_MOST_IMAGES, _MOST_FLOATS // floats))
 
-    def push_fixed(self, x: Tensor, z: Ints) -> tuple[NDArray[np.uint32], Floats]:
-        """The words and log-weights of images (n, *E) with these latents (n, L)."""
-        q, latents, stack = self._infer(x, x[:0]), self._make_latents(len(x), 1), Stack.make_random(2**16, 0)
-        latents[0, :-1] = z
-        log_w = double_array(self._find_log_weights(x, latents, q))
-        self._push_pixels(stack, x, z)
-        self._prior.push(stack, z, all_rows(z))
-        make_latent_codec(q, is_far=False).pop(stack, latents, _find_images(latents))
-        return stack.words, log_w
+    def choose_size(self, num_images: int, num_words: int) -> int:
+        """The number of images in the next group: a power of two, since sizes are stored.
+
+        Args:
+            num_images: How many are left.
+            num_words: On the stack. Each latent that is popped needs one at most, apart from very wide guides.
+        """
+        most = max(1, min(num_images, _MOST_IMAGES, _MOST_FLOATS // (self._num_pixels * max(self._num_values, 16))))
+        size = 1 << (most.bit_length() - 1)
+        while size > 1 and self.count_words(size) > num_words:
+            size //= 2
+        return size
+
+    def count_words(self, size: int) -> int:
+        """About how many words the latents of a group of images need, at most."""
+        return (size + self._find_num_together(size) * self.num_particles) * self._words_per_vector + 8
+
+    def _find_num_together(self, size: int) -> int:
+        """Of a group's images, how many have their particles popped at once; all would need too many words."""
+        fit = _MOST_FLOATS // (16 * self._num_pixels * self.num_particles)
+        return max(1, min(size, fit, max(_MOST_IMAGES // self.num_particles, size // 16)))
 
     # --- One group of images ---
 
     def push(self, stack: Stack, x: Tensor, following: Tensor, seed: tuple[int, int]) -> Floats:
         """Push images (n, *E), given some that were pushed before; returns their log-weights (n,)."""
-        n, K = len(x), self.num_particles
-        q = self._infer(x, following)
+        n = len(x)
         if self._swaps:
+            q = self._infer(x, following)
             z = self._push_swapping(stack, x, q, seed)
             return double_array(self._find_log_weights(x, z[None], q)[0])
-        latents, codec = self._make_latents(n, K), make_latent_codec(q, is_far=False)
-        stack.scramble(latents[..., :-1, :].size, *seed)
-        codec.pop(stack, latents, _find_images(latents))
-        log_w = self._find_log_weights(x, latents, q)
-        j = np.zeros(n, dtype=np.int64)
-        if K > 1:
-            j = stack.pop_choice(double_array(log_w.T.softmax(-1)))
-            codec.push(stack, latents, _find_images(latents, j))
-        chosen = latents[j, np.arange(n)]
-        self._push_pixels(stack, x, chosen)
-        self._prior.push(stack, chosen, all_rows(chosen))
-        stack.push_uniform(j, np.full(n, K))
-        return double_array(log_w.double().logsumexp(0) - np.log(K))
+        z, j, log_w = self._make_latents(n - 1), np.zeros(n, dtype=np.int64), np.zeros(n)
+        for part in self._split(n):
+            z[part], j[part], log_w[part] = self._push_particles(stack, x[part], following, (*seed, part.start))
+        self._push_pixels(stack, x, z)
+        self._prior.push(stack, z)
+        stack.push_uniform(j, np.full(n, self.num_particles))
+        return log_w
 
     def pop(self, stack: Stack, n: int, seed: tuple[int, int]) -> Tensor:
         """The inverse of ``push``: images (n, *E)."""
         if self._swaps:
             return self._pop_swapping(stack, n, seed)
-        K, latents = self.num_particles, self._make_latents(n, self.num_particles)
-        j, chosen = stack.pop_uniform(np.full(n, K)), self._make_latents(n - 1)
-        self._prior.pop(stack, chosen, all_rows(chosen))
-        x = self._pop_pixels(stack, chosen)
-        q = self._infer(x, x[:0])
-        codec = make_latent_codec(q, is_far=False)
-        latents[j, np.arange(n)] = chosen
-        if K > 1:
-            codec.pop(stack, latents, _find_images(latents, j))
-            stack.push_choice(j, double_array(self._find_log_weights(x, latents, q).T.softmax(-1)))
-        codec.push(stack, latents, _find_images(latents))
-        stack.scramble(latents[..., :-1, :].size, *seed)
+        j, z = stack.pop_uniform(np.full(n, self.num_particles)), self._make_latents(n - 1)
+        self._prior.pop(stack, z)
+        x = self._pop_pixels(stack, z)
+        for part in reversed(self._split(n)):
+            self._pop_particles(stack, x[part], z[part], j[part], (*seed, part.start))
         return x
+
+    def _split(self, n: int) -> list[slice]:
+        """The images of a group whose particles are popped at once."""
+        size = self._find_num_together(n)
+        return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+
+    def _push_particles(
+        self, stack: Stack, x: Tensor, following: Tensor, seed: tuple[int, ...]
+    ) -> tuple[Ints, Ints, Floats]:
+        """Pop K latents of each image (n, *E), and push all but one: its cells (n, L), which it is, and log-weights."""
+        n, K = len(x), self.num_particles
+        latents, q = self._make_latents(n, K), self._infer(x, following)
+        codec, j = make_latent_codec(q), np.zeros(n, dtype=np.int64)
+        stack.scramble(latents[:, :-1].size, *seed)
+        codec.pop(stack, latents, _find_images(latents))
+        log_w = self._find_log_weights(x, latents, q)
+        if K > 1:
+            j = stack.pop("choice", double_array(log_w.T.softmax(-1)))
+            codec.push(stack, latents, _find_images(latents, j))
+        return latents[j, np.arange(n)], j, double_array(log_w.double().logsumexp(0) - np.log(K))
+
+    def _pop_particles(self, stack: Stack, x: Tensor, z: Ints, j: Ints, seed: tuple[int, ...]) -> None:
+        """The inverse of ``_push_particles``."""
+        latents, q = self._make_latents(len(x), self.num_particles), self._infer(x, x[:0])
+        codec = make_latent_codec(q)
+        latents[j, np.arange(len(x))] = z
+        if self.num_particles > 1:
+            codec.pop(stack, latents, _find_images(latents, j))
+            stack.push("choice", j, double_array(self._find_log_weights(x, latents, q).T.softmax(-1)))
+        codec.push(stack, latents, _find_images(latents))
+        stack.scramble(latents[:, :-1].size, *seed)
 
     def _make_latents(self, n: int, *particles: int) -> Ints:
         """Cells of n images and of one more row, to be filled in."""
@@ -128,11 +151,11 @@ class Coder:
         rows = _find_images(found)
         layers = np.split(found, np.cumsum(dims[:-1]), axis=1)  # views
         stack.scramble(layers[0].size, *seed)
-        make_latent_codec(q.first, is_far=False).pop(stack, layers[0], rows)
+        make_latent_codec(q.first).pop(stack, layers[0], rows)
         self._push_pixels(stack, x, found[:-1])  # z_2 and above are still 0
         for below, above, up, down in zip(layers, layers[1:], q.links, p.links[::-1], strict=False):
             stack.scramble(above.size, *seed)
-            make_latent_codec(up(cell_centers(below)), is_far=False).pop(stack, above, rows)
+            make_latent_codec(up(cell_centers(below))).pop(stack, above, rows)
             make_latent_codec(down(cell_centers(above)), is_far=True).push(stack, below, rows)
         make_latent_codec(p.first, is_far=True).push(stack, layers[-1], rows)
         return found
@@ -147,10 +170,10 @@ class Coder:
         make_latent_codec(p.first, is_far=True).pop(stack, layers[-1], rows)
         for below, above, up, down in zip(layers[-2::-1], layers[::-1], further[::-1], p.links, strict=False):
             make_latent_codec(down(cell_centers(above)), is_far=True).pop(stack, below, rows)
-            make_latent_codec(up(cell_centers(below)), is_far=False).push(stack, above, rows)
+            make_latent_codec(up(cell_centers(below))).push(stack, above, rows)
             stack.scramble(above.size, *seed)
         x = self._pop_pixels(stack, np.where(np.arange(found.shape[1]) < p.latent_dims[0], found, 0)[:-1])
-        make_latent_codec(first(torch.cat([x, torch.zeros_like(x[:1])])), is_far=False).push(stack, layers[0], rows)
+        make_latent_codec(first(torch.cat([x, torch.zeros_like(x[:1])]))).push(stack, layers[0], rows)
         stack.scramble(layers[0].size, *seed)
         return x
 
@@ -193,7 +216,7 @@ class Coder:
 
 def _find_images(latents: Ints, without: Ints | None = None) -> Mask:
     """The mask of latents (..., n + 1, L) that belong to images, for (K, n + 1, L) without particle j of each image."""
-    rows = all_rows(latents)
+    rows = np.ones(latents.shape[:-1], dtype=bool)
     rows[..., -1] = False
     if without is not None:
         rows[without, np.arange(len(without))] = False

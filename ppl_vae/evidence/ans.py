@@ -7,6 +7,7 @@ stack by -log2 P(values), and ``push`` lengthens it by as much. Latents are the 
 
 from __future__ import annotations
 
+from types import EllipsisType
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,14 +17,15 @@ from torch import Tensor
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
-Mask = NDArray[np.bool_]
+Mask = NDArray[np.bool_] | EllipsisType
 
 CELLS = 2.0**16  # per unit of a latent
 _LARGEST_BITS = 23  # of one uniform integer; constriction's probabilities have 24 bits
-# Half the number of coarse cells of a normal, which are 1/32 to 1/16 of its scale wide. Every coarse cell has a mass of
-# at least 2^-24, so draws fall far from the mean too often, and such latents are expensive: a distribution to draw
-# from gets 6 to 12 scales on each side. One that must reach every latent gets 32 to 64, and an escape.
-_RADIUS, _FAR_RADIUS = 192, 1024
+_CELLS_PER_SCALE = 32  # coarse cells of a normal, which are 1/36 to 1/32 of its scale wide
+# How many coarse cells a normal has on each side. Each has a mass of at least 2^-24, which is a coarse cell's own 4.75
+# scales from the mean. Draws that fell farther out would be too frequent, and their weights p / q far too large: a
+# distribution to draw from ends at 5 to 5.6 scales. One that must reach every latent has an escape from 7 to 8 on.
+_RADIUS, _FAR_RADIUS = 180, 256
 
 
 class OutOfBits(Exception):
@@ -47,7 +49,12 @@ class Stack:
             from constriction import stream
         except ImportError:
             raise ValueError("compression needs constriction: pip install 'ppl_vae[compression]'") from None
-        self._models: Any = stream.model
+        self._normal: Any = stream.model.QuantizedGaussian
+        self._families: dict[str, Any] = {
+            "bits": stream.model.Bernoulli(perfect=False),
+            "choice": stream.model.Categorical(perfect=False),
+            "uniform": stream.model.Uniform(),
+        }
         self._coder: Any = stream.stack.AnsCoder(np.array(words, dtype=np.uint32))
 
     @classmethod
@@ -69,16 +76,31 @@ class Stack:
         return int(self._coder.num_words())
 
     def scramble(self, num_latents: int, *seed: int) -> None:
-        """Flip pseudo-random bits at the top, 24 for each latent that comes next; the same call flips them back.
+        """Flip pseudo-random bits at the top, 23 for each latent that comes next; the same call flips them back.
 
         What was pushed last is at the top. Where it does not follow the distribution that it was pushed by, its bits
         are not random, and latents that are popped from them would not follow theirs: under N(0, 1) prior and guide,
         the noise of an image's latent would be the latent of the image before it.
         """
-        size = 1 << 12
-        mask = np.random.Generator(np.random.PCG64(seed)).integers(size, size=2 * num_latents)
-        sizes = np.full(len(mask), size)
+        sizes = np.full(num_latents, 1 << _LARGEST_BITS)
+        mask = np.random.Generator(np.random.PCG64(seed)).integers(1 << _LARGEST_BITS, size=num_latents)
         self._push_small(self._pop_small(sizes) ^ mask, sizes)
+
+    def push(self, family: Any, values: Ints, *parameters: NDArray[Any]) -> None:
+        """Push integers (n,) of a family: "bits" of P(1), (n,), or a "choice" of shares, (n, K), up to a factor."""
+        if len(values):
+            model = self._families.get(family, family)
+            self._coder.encode_reverse(values.astype(np.int32), model, *map(np.ascontiguousarray, parameters))
+
+    def pop(self, family: Any, *parameters: NDArray[Any]) -> Ints:
+        """The inverse of ``push``."""
+        if not len(parameters[0]):
+            return np.zeros(0, dtype=np.int64)
+        model = self._families.get(family, family)
+        found: Ints = self._coder.decode(model, *map(np.ascontiguousarray, parameters)).astype(np.int64)
+        if self._coder.num_words() < 3:  # a popped stack only becomes shorter, so it was not empty before either
+            raise OutOfBits
+        return found
 
     def push_uniform(self, values: Ints, sizes: Ints) -> None:
         """Push integers of [0, size), each size below 2^31, in any shape; a size of 1 takes no bits.
@@ -92,13 +114,13 @@ class Stack:
         self._push_small(values[~is_rest] & ((1 << bits) - 1)[~is_rest], (1 << bits)[~is_rest])
         self._push_small((values >> bits)[~is_rest], whole[~is_rest])
         has_rest = rest > 0
-        self.push_bits(is_rest[has_rest].astype(np.int64), (rest / sizes)[has_rest])
+        self.push("bits", is_rest[has_rest].astype(np.int64), (rest / sizes)[has_rest])
 
     def pop_uniform(self, sizes: Ints) -> Ints:
         """The inverse of ``push_uniform``, in the shape of the sizes."""
         bits, whole, rest = _split_sizes(sizes)
         values, is_rest = np.zeros(sizes.shape, dtype=np.int64), rest > 0
-        is_rest[is_rest] = self.pop_bits((rest / sizes)[is_rest])
+        is_rest[is_rest] = self.pop("bits", (rest / sizes)[is_rest])
         values[~is_rest] = self._pop_small(whole[~is_rest]) << bits[~is_rest]
         values[~is_rest] |= self._pop_small((1 << bits)[~is_rest])
         values[is_rest] = (whole << bits)[is_rest] + self._pop_small(rest[is_rest])
@@ -106,28 +128,12 @@ class Stack:
 
     def _push_small(self, values: Ints, sizes: Ints) -> None:
         several = sizes > 1  # constriction has no uniform distribution over one value
-        self._push(values[several], self._models.Uniform(), sizes[several].astype(np.int32))
+        self.push("uniform", values[several], sizes[several].astype(np.int32))
 
     def _pop_small(self, sizes: Ints) -> Ints:
         values = np.zeros(len(sizes), dtype=np.int64)
-        values[sizes > 1] = self._pop(self._models.Uniform(), sizes[sizes > 1].astype(np.int32))
+        values[sizes > 1] = self.pop("uniform", sizes[sizes > 1].astype(np.int32))
         return values
-
-    def push_choice(self, values: Ints, shares: Floats) -> None:
-        """Push integers of [0, K) by their probabilities, up to a factor. values: (n,), shares: (n, K)."""
-        self._push(values, self._models.Categorical(perfect=False), shares)
-
-    def pop_choice(self, shares: Floats) -> Ints:
-        """The inverse of ``push_choice``."""
-        return self._pop(self._models.Categorical(perfect=False), shares)
-
-    def push_bits(self, bits: Ints, share: Floats) -> None:
-        """Push bits with P(1) = share. Both: (n,)."""
-        self._push(bits, self._models.Bernoulli(perfect=False), share)
-
-    def pop_bits(self, share: Floats) -> Ints:
-        """The inverse of ``push_bits``."""
-        return self._pop(self._models.Bernoulli(perfect=False), share)
 
     def push_normal(self, values: Ints, loc: Floats, scale: Floats, *, is_far: bool) -> None:
         """Push cells by their mass under a normal, up to a constant within coarse cells.
@@ -138,41 +144,31 @@ class Stack:
             is_far: Whether every cell can be pushed; otherwise only what was popped with the same arguments.
         """
         radius = _FAR_RADIUS if is_far else _RADIUS
-        bits, start, mean, spread = _find_coarse_cells(loc, scale)
-        steps = (values >> bits) - start
+        bits, parts, start, mean, spread = _find_coarse_cells(loc, scale)
+        steps = values // (parts << bits) - start
+        low = values - ((steps + start) * parts << bits)
         if is_far:
             beyond = np.abs(steps[np.abs(steps) >= radius]) - radius
             if (beyond >= 1 << _LARGEST_BITS).any():
                 raise ValueError(
                     "latents: expected z within 10^5 scales of p(z), got one whose ELBO is below -10^9 nats"
                 )
-            self.push_uniform(beyond, np.full_like(beyond, 1 << _LARGEST_BITS))
-        model = self._models.QuantizedGaussian(-radius, radius)
-        self._push(steps.clip(-radius, radius), model, mean, spread)
-        self.push_uniform(values & ((1 << bits) - 1), 1 << bits)
+            self._push_small(beyond, np.full_like(beyond, 1 << _LARGEST_BITS))
+        self.push(self._normal(-radius, radius), steps.clip(-radius, radius), mean, spread)
+        self._push_small(low >> bits, parts)
+        self._push_small(low & ((1 << bits) - 1), 1 << bits)
 
     def pop_normal(self, loc: Floats, scale: Floats, *, is_far: bool) -> Ints:
         """The inverse of ``push_normal``."""
         radius = _FAR_RADIUS if is_far else _RADIUS
-        bits, start, mean, spread = _find_coarse_cells(loc, scale)
-        low = self.pop_uniform(1 << bits)
-        steps = self._pop(self._models.QuantizedGaussian(-radius, radius), mean, spread)
+        bits, parts, start, mean, spread = _find_coarse_cells(loc, scale)
+        low = self._pop_small(1 << bits)
+        low |= self._pop_small(parts) << bits
+        steps = self.pop(self._normal(-radius, radius), mean, spread)
         if is_far:
             beyond = np.flatnonzero(np.abs(steps) >= radius)
-            steps[beyond] += np.sign(steps[beyond]) * self.pop_uniform(np.full(len(beyond), 1 << _LARGEST_BITS))
-        return ((steps + start) << bits) | low
-
-    def _push(self, values: Ints, model: Any, *parameters: NDArray[Any]) -> None:
-        if len(values):
-            self._coder.encode_reverse(values.astype(np.int32), model, *map(np.ascontiguousarray, parameters))
-
-    def _pop(self, model: Any, *parameters: NDArray[Any]) -> Ints:
-        if not len(parameters[0]):
-            return np.zeros(0, dtype=np.int64)
-        found: Ints = self._coder.decode(model, *map(np.ascontiguousarray, parameters)).astype(np.int64)
-        if self._coder.num_words() < 3:  # a popped stack only becomes shorter, so it was not empty before either
-            raise OutOfBits
-        return found
+            steps[beyond] += np.sign(steps[beyond]) * self._pop_small(np.full(len(beyond), 1 << _LARGEST_BITS))
+        return ((steps + start) * parts << bits) + low
 
 
 def _split_sizes(sizes: Ints) -> tuple[Ints, Ints, Ints]:
@@ -182,13 +178,18 @@ def _split_sizes(sizes: Ints) -> tuple[Ints, Ints, Ints]:
     return bits, whole, sizes - (whole << bits)
 
 
-def _find_coarse_cells(loc: Floats, scale: Floats) -> tuple[Ints, Ints, Floats, Floats]:
-    """A normal's coarse cells of 2^bits cells: bits, the one at ``loc``, and mean and scale in coarse cells from it."""
-    exponent = np.frexp(scale * CELLS)[1].astype(np.int64)  # scale * CELLS is in [2^(exponent - 1), 2^exponent)
-    bits = (exponent - 5).clip(0, _LARGEST_BITS)
-    place, spread = loc * CELLS / 2.0**bits, scale * CELLS / 2.0**bits
+def _find_coarse_cells(loc: Floats, scale: Floats) -> tuple[Ints, Ints, Ints, Floats, Floats]:
+    """A normal's coarse cells of n 2^k cells, n below 16: k, n, the one at ``loc``, and mean and scale in coarse cells.
+
+    The mean is seen from the coarse cell at ``loc``.
+    """
+    width = (scale * (CELLS / _CELLS_PER_SCALE)).clip(1, 2.0**_LARGEST_BITS)
+    bits = (np.frexp(width)[1].astype(np.int64) - 4).clip(0)
+    parts = np.floor(np.ldexp(width, -bits)).astype(np.int64)
+    size = parts << bits
+    place, spread = loc * CELLS / size, scale * CELLS / size
     start = np.floor(place)
-    return bits, start.astype(np.int64), place - start - 0.5, spread  # constriction's cells are [k - 1/2, k + 1/2)
+    return bits, parts, start.astype(np.int64), place - start - 0.5, spread  # its cells are [i - 1/2, i + 1/2)
 
 
 def cell_centers(values: Ints) -> Tensor:
@@ -197,21 +198,19 @@ def cell_centers(values: Ints) -> Tensor:
 
 
 class Codec(Protocol):
-    """A distribution over rows of cells, (..., L), as a code; those of a mask (...) are coded together."""
+    """A distribution over rows of cells, (..., L), as a code; those of a mask (...) are coded together.
 
-    def push(self, stack: Stack, values: Ints, rows: Mask) -> None:
-        """Push the rows of values that the mask names."""
+    Rows are all of (R, L) unless a mask is given.
+    """
 
-    def pop(self, stack: Stack, values: Ints, rows: Mask) -> None:
-        """Fill in the rows of values that the mask names; the others are known."""
+    def push(self, stack: Stack, values: Ints, rows: Mask = ...) -> None:
+        """Push rows of values."""
+
+    def pop(self, stack: Stack, values: Ints, rows: Mask = ...) -> None:
+        """Fill in rows of values; the others are known."""
 
 
 def double_array(tensor: Tensor) -> Floats:
     """The same numbers in double precision, in any shape (...)."""
     array: Floats = tensor.detach().double().numpy()
     return array
-
-
-def all_rows(values: Ints) -> Mask:
-    """The mask of all rows of values (..., L)."""
-    return np.ones(values.shape[:-1], dtype=bool)

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ppl_vae.evidence._bits_back import Coder
-from ppl_vae.evidence.ans import CELLS, Floats, OutOfBits, Stack
+from ppl_vae.evidence.ans import Floats, OutOfBits, Stack
 from ppl_vae.protocols import LatentModel
 from ppl_vae.runtime.errors import check_count
 from ppl_vae.runtime.global_state import evaluation_mode, seeded
-from ppl_vae.support import check_support
+from ppl_vae.support import CHECKED_AT_ONCE, check_support
 
 _FIXED_IMAGES = 3
 
@@ -75,7 +75,7 @@ def compress(
     Args:
         vae: Its prior a normal, a mixture of normals, a flow, or layers of normals below one; its guide diagonal or
             full normals; its likelihood a mass. On the CPU.
-        x: (N, *E) whole numbers from 0.
+        x: (N, *E) whole numbers from 0, of any type; a group at a time is in single precision.
         num_particles: K.
         seed: Of the initial bits.
         progress: Called with the number of images after each group.
@@ -86,33 +86,30 @@ def compress(
     Reference: Townsend et al. 2019, arXiv 1901.04866; Kingma et al. 2019, arXiv 1905.06845 (Bit-Swap); Ruan et al.
     2021, arXiv 2102.11086, section 3.1 (importance-weighted).
     """
-    check_support(vae.model, x)
     if any(w.dtype != torch.float32 for w in vae.parameters()):
         raise ValueError("vae: expected weights in single precision; vae.float() converts them")
+    for part in x.split(CHECKED_AT_ONCE):
+        check_support(vae.model, part.float())
     with _repeatable(vae):
         coder = Coder(vae, x.shape[1:], int(x.max()), check_count("num_particles", num_particles))
-        words_per_image = coder.find_words_per_image(x)
-        initial = words_per_image + 4
+        coder.check(x[:1].float())
+        scale = 1
         while True:
             try:
-                return _compress(coder, x, initial, words_per_image, seed, progress or (lambda n: None))
+                return _compress(coder, x, scale, seed, progress or (lambda n: None))
             except OutOfBits:  # nearly always the first image's
-                initial *= 2
-                words_per_image *= 2
+                scale *= 2
 
 
-def _compress(
-    coder: Coder, x: Tensor, initial: int, words_per_image: int, seed: int, progress: Callable[[int], None]
-) -> Code:
-    stack, end, sizes = Stack.make_random(initial, seed), len(x), []
-    most = coder.find_most_images()
-    log_weights = np.zeros(len(x))
+def _compress(coder: Coder, x: Tensor, scale: int, seed: int, progress: Callable[[int], None]) -> Code:
+    """``compress`` with this many times the words that latents are thought to need."""
+    stack = Stack.make_random(scale * coder.count_words(1), seed)
+    initial, end, sizes, log_weights = stack.num_words, len(x), [], np.zeros(len(x))
     while end:  # from the last image to the first, since the first that is decoded is the last that was coded
-        size = min(most, end, max(1, stack.num_words // words_per_image))
-        size = 1 << (size.bit_length() - 1)  # few different sizes, which are stored
-        log_weights[end - size : end] = coder.push(stack, x[end - size : end], x[end : end + 1], (seed, end - size))
+        size = coder.choose_size(end, stack.num_words // scale)
         sizes.append(size)
-        end -= size
+        following, end = x[end : end + 1].float(), end - size
+        log_weights[end : end + size] = coder.push(stack, x[end : end + size].float(), following, (seed, end))
         progress(size)
     return Code(stack.words, initial, tuple(sizes[::-1]), log_weights)
 
@@ -154,14 +151,12 @@ def decompress(
 
 
 def compute_fingerprint(vae: LatentModel, *, largest: int) -> list[NDArray[np.generic]]:
-    """What this machine makes of a few fixed latents, to the last bit: pixels, latents, weights and a code.
+    """What this machine makes of a few fixed draws, to the last bit: pixels, latents, weights and a code.
 
     Where they differ, a file of ``compress`` cannot be decoded. Arguments as in ``decompress``.
     """
     with _repeatable(vae), seeded(0, torch.device("cpu")):
-        z = vae.prior().sample((_FIXED_IMAGES,))
-        p = vae.likelihood(z)
-        x = p.mean.round().clamp(0, largest)
-        coder = Coder(vae, x.shape[1:], largest, 1)
-        words, log_w = coder.push_fixed(x, np.floor(z.double().numpy() * CELLS).astype(np.int64))
-        return [p.mean.numpy(), vae.posterior(x).sample().numpy(), log_w, words]
+        mean = vae.likelihood(vae.prior().sample((_FIXED_IMAGES,))).mean
+        x, stack = mean.round().clamp(0, largest), Stack.make_random(2**16, 0)
+        log_w = Coder(vae, x.shape[1:], largest, 1).push(stack, x, x[:0], (0, 0))
+        return [mean.numpy(), vae.posterior(x).sample().numpy(), log_w, stack.words]

@@ -7,16 +7,15 @@ the density times the volume of a cell.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import pyro.distributions as dist
 import torch
-from torch import Tensor
 from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
 
-from ppl_vae.evidence.ans import CELLS, Codec, Floats, Ints, Mask, Stack, all_rows, cell_centers, double_array
+from ppl_vae.evidence.ans import CELLS, Codec, Floats, Ints, Mask, Stack, cell_centers, double_array
 from ppl_vae.hierarchy import LayeredDistribution
 from ppl_vae.parts.flows import MAX_INPUT, Coupling, ElementwiseAffine, Permutation
 from ppl_vae.parts.priors import Pushforward
@@ -26,7 +25,7 @@ _FINE_BITS = 16  # a flow maps a cell to a whole number of parts of cells, 2^16 
 _SEARCH_STEPS = 120
 
 
-def make_latent_codec(distribution: Distribution, *, is_far: bool) -> Codec:
+def make_latent_codec(distribution: Distribution, *, is_far: bool = False) -> Codec:
     """A distribution over latents (R, L), or over one vector for all rows, as a code.
 
     Args:
@@ -61,11 +60,11 @@ class _Diagonal:
     scale: Floats
     is_far: bool
 
-    def push(self, stack: Stack, values: Ints, rows: Mask) -> None:
+    def push(self, stack: Stack, values: Ints, rows: Mask = ...) -> None:
         loc, scale = (np.broadcast_to(part, values.shape)[rows].ravel() for part in (self.loc, self.scale))
         stack.push_normal(values[rows].ravel(), loc, scale, is_far=self.is_far)
 
-    def pop(self, stack: Stack, values: Ints, rows: Mask) -> None:
+    def pop(self, stack: Stack, values: Ints, rows: Mask = ...) -> None:
         loc, scale = (np.broadcast_to(part, values.shape)[rows] for part in (self.loc, self.scale))
         values[rows] = stack.pop_normal(loc.ravel(), scale.ravel(), is_far=self.is_far).reshape(loc.shape)
 
@@ -82,7 +81,7 @@ class _Full:
     tril: Floats
     is_far: bool
 
-    def push(self, stack: Stack, values: Ints, rows: Mask) -> None:
+    def push(self, stack: Stack, values: Ints, rows: Mask = ...) -> None:
         loc, tril = self._find_rows(values.shape, rows)
         z, u, means = (values[rows] + 0.5) / CELLS, np.zeros_like(loc), []
         for i in range(z.shape[1]):
@@ -91,7 +90,7 @@ class _Full:
         for i in reversed(range(z.shape[1])):
             stack.push_normal(values[rows][:, i], means[i], tril[:, i, i], is_far=self.is_far)
 
-    def pop(self, stack: Stack, values: Ints, rows: Mask) -> None:
+    def pop(self, stack: Stack, values: Ints, rows: Mask = ...) -> None:
         loc, tril = self._find_rows(values.shape, rows)
         u, found = np.zeros_like(loc), np.zeros(loc.shape, dtype=np.int64)
         for i in range(loc.shape[1]):
@@ -114,21 +113,18 @@ class _Mixture:
 
     mixture: dist.MixtureSameFamily
 
-    def push(self, stack: Stack, values: Ints, rows: Mask) -> None:
+    def push(self, stack: Stack, values: Ints, rows: Mask = ...) -> None:
         z = values[rows]
-        k = stack.pop_choice(self._find_responsibilities(z))
-        self._make_component(k).push(stack, z, all_rows(z))
-        stack.push_choice(k, self._repeat_weights(len(z)))
+        k = stack.pop("choice", self._find_responsibilities(z))
+        self._make_component(k).push(stack, z)
+        stack.push("choice", k, np.tile(double_array(self.mixture.mixture_distribution.probs), (len(z), 1)))
 
-    def pop(self, stack: Stack, values: Ints, rows: Mask) -> None:
+    def pop(self, stack: Stack, values: Ints, rows: Mask = ...) -> None:
         z = values[rows]
-        k = stack.pop_choice(self._repeat_weights(len(z)))
-        self._make_component(k).pop(stack, z, all_rows(z))
-        stack.push_choice(k, self._find_responsibilities(z))
+        k = stack.pop("choice", np.tile(double_array(self.mixture.mixture_distribution.probs), (len(z), 1)))
+        self._make_component(k).pop(stack, z)
+        stack.push("choice", k, self._find_responsibilities(z))
         values[rows] = z
-
-    def _repeat_weights(self, num_rows: int) -> Floats:
-        return np.repeat(double_array(self.mixture.mixture_distribution.probs)[None], num_rows, axis=0)
 
     def _find_responsibilities(self, values: Ints) -> Floats:
         log_p = self.mixture.component_distribution.log_prob(cell_centers(values)[:, None])  # (R, K)
@@ -148,36 +144,23 @@ class _Layered:
 
     def __init__(self, distribution: LayeredDistribution, is_far: bool) -> None:
         self._distribution, self._is_far = distribution, is_far
-        # What is not a function of another layer is prepared once: a flow's codec holds a copy of it.
-        self._first = make_latent_codec(distribution.first, is_far=is_far)
-        stops = np.cumsum(distribution.latent_dims)
-        self._columns = {
-            f"z_{i + 1}": slice(stop - n, stop)
-            for i, (n, stop) in enumerate(zip(distribution.latent_dims, stops, strict=True))
-        }
+        self._first = make_latent_codec(distribution.first, is_far=is_far)  # once: a flow's holds a copy of it
 
-    def _make_codec(self, distribution: Distribution) -> Codec:
-        is_first = distribution is self._distribution.first
-        return self._first if is_first else make_latent_codec(distribution, is_far=self._is_far)
-
-    def push(self, stack: Stack, values: Ints, rows: Mask) -> None:
-        layers: list[tuple[Codec, Ints]] = []
-
-        def look_up(name: str, distribution: Distribution) -> Tensor:
-            layers.append((self._make_codec(distribution), values[..., self._columns[name]]))
-            return cell_centers(layers[-1][1])
-
-        self._distribution.draw(look_up)
-        for codec, layer in reversed(layers):
+    def push(self, stack: Stack, values: Ints, rows: Mask = ...) -> None:
+        for codec, layer in reversed([*self._iterate_layers(values)]):
             codec.push(stack, layer, rows)
 
-    def pop(self, stack: Stack, values: Ints, rows: Mask) -> None:
-        def draw(name: str, distribution: Distribution) -> Tensor:
-            layer = values[..., self._columns[name]]  # a view
-            self._make_codec(distribution).pop(stack, layer, rows)
-            return cell_centers(layer)
+    def pop(self, stack: Stack, values: Ints, rows: Mask = ...) -> None:
+        for codec, layer in self._iterate_layers(values):
+            codec.pop(stack, layer, rows)
 
-        self._distribution.draw(draw)
+    def _iterate_layers(self, values: Ints) -> Iterator[tuple[Codec, Ints]]:
+        """Each layer's code, given the layer before it, and its columns of values, a view."""
+        p = self._distribution
+        layers = np.split(values, np.cumsum(p.latent_dims[:-1]), axis=-1)[:: 1 if p.upward else -1]
+        yield self._first, layers[0]
+        for link, before, layer in zip(p.links, layers, layers[1:], strict=False):
+            yield make_latent_codec(link(cell_centers(before)), is_far=self._is_far), layer
 
 
 # --- Flows ---
@@ -204,19 +187,19 @@ class _Flow:
         self._base = make_latent_codec(distribution.base, is_far=True)
         self._layers = list(copy.deepcopy(distribution.flow).double().layers)
 
-    def push(self, stack: Stack, values: Ints, rows: Mask) -> None:
-        z = values[rows]
+    def push(self, stack: Stack, values: Ints, rows: Mask = ...) -> None:
+        z = np.array(values[rows])
         for layer in reversed(self._layers):
             if isinstance(layer, Permutation):
                 z = z[:, layer.back.numpy()]
             else:
                 moved = _find_moved(layer, z.shape[1])
                 z[:, moved] = _push_slope(stack, z[:, moved], _make_map(layer, z))
-        self._base.push(stack, z, all_rows(z))
+        self._base.push(stack, z)
 
-    def pop(self, stack: Stack, values: Ints, rows: Mask) -> None:
-        z = values[rows]
-        self._base.pop(stack, z, all_rows(z))
+    def pop(self, stack: Stack, values: Ints, rows: Mask = ...) -> None:
+        z = np.array(values[rows])
+        self._base.pop(stack, z)
         for layer in self._layers:
             if isinstance(layer, Permutation):
                 z = z[:, layer.order.numpy()]

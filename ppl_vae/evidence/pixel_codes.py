@@ -86,7 +86,7 @@ class PixelCodec:
                 steps.append((bit.ravel(), share.ravel()))
                 total += np.log(np.where(bit == 1, share, 1 - share).clip(2.0**-24)).sum(1)
         for bit, share in reversed(steps):
-            stack.push_bits(bit, share)
+            stack.push("bits", bit, share)
         return total
 
     def pop(self, stack: Stack, num_rows: int, num_pixels: int) -> Ints:
@@ -95,7 +95,7 @@ class PixelCodec:
         for group, mass in self._iterate_groups(x):
             for place in reversed(range(self._num_bits)):
                 share = _find_share(mass, group, place)
-                group[:] = 2 * group + stack.pop_bits(share.ravel()).reshape(share.shape)
+                group[:] = 2 * group + stack.pop("bits", share.ravel()).reshape(share.shape)
         return x
 
     def _iterate_groups(self, x: Ints) -> Iterator[tuple[Ints, Mass]]:

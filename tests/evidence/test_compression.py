@@ -16,7 +16,8 @@ from random_weights import at_random
 from torch import nn
 
 from ppl_vae import VAE, Conditional
-from ppl_vae.evidence.ans import CELLS, Stack, all_rows
+from ppl_vae.evidence import _bits_back
+from ppl_vae.evidence.ans import CELLS, Stack
 from ppl_vae.evidence.compression import CannotDecode, compress, compute_fingerprint, decompress
 from ppl_vae.evidence.latent_codes import make_latent_codec
 from ppl_vae.evidence.pixel_codes import make_pixel_codec
@@ -88,11 +89,11 @@ def test_a_code_of_latents_is_as_long_as_the_density_says(name):
     centers = torch.from_numpy((cells + 0.5) / CELLS)
     stack, codec, found = Stack.make_random(10_000, 0), make_latent_codec(prior, is_far=True), np.zeros_like(cells)
     before, words = nats(stack), stack.words
-    codec.push(stack, cells, all_rows(cells))
+    codec.push(stack, cells)
     length = nats(stack) - before
     expected = -float(in_double(module)().log_prob(centers).sum()) + cells.size * math.log(CELLS)
     assert abs(length - expected) / len(cells) < 0.01
-    codec.pop(stack, found, all_rows(found))
+    codec.pop(stack, found)
     assert np.array_equal(found, cells)
     assert np.array_equal(stack.words, words)
 
@@ -106,7 +107,7 @@ def test_latents_that_are_popped_follow_the_guide(name):
     q = guide(torch.rand(20_000, D))
     found, stack = np.zeros((20_000, L), dtype=np.int64), Stack.make_random(100_000, 0)
     before = nats(stack)
-    make_latent_codec(q, is_far=False).pop(stack, found, all_rows(found))
+    make_latent_codec(q).pop(stack, found)
     z = torch.from_numpy((found + 0.5) / CELLS)
     assert (before - nats(stack)) / 20_000 == pytest.approx(
         L * math.log(CELLS) - float(q.log_prob(z.float()).mean()), abs=0.01
@@ -120,10 +121,19 @@ def test_latents_that_are_popped_follow_the_guide(name):
 def test_a_latent_far_from_the_prior_can_be_pushed():
     cells = np.array([[int(500 * CELLS), -int(40 * CELLS), 3, 0]])
     stack, codec = Stack.make_random(100, 0), make_latent_codec(StandardNormal(L)(), is_far=True)
-    codec.push(stack, cells, all_rows(cells))
+    codec.push(stack, cells)
     found = np.zeros_like(cells)
-    codec.pop(stack, found, all_rows(found))
+    codec.pop(stack, found)
     assert np.array_equal(found, cells)
+
+
+def test_draws_far_from_the_mean_are_as_rare_as_they_should_be():
+    """Of 2 million, none beyond 5.7 scales and about 1 beyond 5, whatever the scale: their weights would be huge."""
+    scale = np.random.default_rng(0).uniform(0.1, 1, 2_000_000)
+    cells = Stack.make_random(1_500_000, 0).pop_normal(np.zeros(len(scale)), scale, is_far=False)
+    u = np.abs((cells + 0.5) / CELLS / scale)
+    assert u.max() < 5.7
+    assert (u > 5).sum() < 20
 
 
 def test_a_uniform_code_is_exact_at_every_size():
@@ -231,6 +241,7 @@ def test_images_come_back_and_the_code_is_as_long_as_their_weights_say(name, num
     code = compress(vae, x, num_particles=num_particles)
     assert code.net_bits * math.log(2) / len(x) == pytest.approx(-code.log_weights.mean(), abs=64 / len(x) + 0.01)
     assert torch.equal(decoded(vae, code, x, num_particles=num_particles), x)
+    assert np.array_equal(compress(vae, x[:9].to(torch.uint8)).words, compress(vae, x[:9]).words)
 
 
 @pytest.mark.parametrize("name", ["prior mixture", "prior spline flow", "full guide"])
@@ -301,12 +312,17 @@ class Inflated(dist.Bernoulli):
         return super().log_prob(value) + 0.1
 
 
-def test_masses_that_do_not_sum_to_one_are_caught():
+def test_masses_that_do_not_sum_to_one_are_caught(monkeypatch):
+    """They are refused; without the check, the code is longer than they claim, by just what they claim too much."""
     whole = plain()
     net = whole.likelihood.net
-    vae = VAE(whole.prior, lambda z: Inflated(logits=net(z)).to_event(1), whole.posterior)
+    vae, x = VAE(whole.prior, lambda z: Inflated(logits=net(z)).to_event(1), whole.posterior), draw_images(whole, 100)
     with pytest.raises(ValueError, match="expected masses that sum to one"):
-        compress(vae, draw_images(plain(), 20))
+        compress(vae, x)
+    monkeypatch.setattr(_bits_back, "claims_too_much", lambda claimed, coded: False)
+    code = compress(vae, x)
+    claimed = -code.log_weights.mean()
+    assert code.net_bits * math.log(2) / len(x) - claimed == pytest.approx(0.1 * D, abs=64 / len(x) + 0.01)
 
 
 class BatchStatistics(nn.Module):

@@ -14,23 +14,24 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ppl_vae import runs
+from ppl_vae import data, runs
 from ppl_vae.commands.options import Compress, Decompress
-from ppl_vae.evidence.compression import Code, compress, compute_fingerprint, decompress
+from ppl_vae.evidence.compression import CannotDecode, Code, compress, compute_fingerprint, decompress
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.evaluation import evaluate
 from ppl_vae.reports.text.compression import describe_compression
 from ppl_vae.runs.build import build_likelihood
-from ppl_vae.runs.coded_file import CodedFile, Digest, count_runs, describe_versions, read_coded_file
+from ppl_vae.runs.coded_file import CodedFile, Digest, describe_versions, find_versions, read_coded_file
 from ppl_vae.runs.command_results import Compression
 from ppl_vae.runs.files import check_output, replace_file
 from ppl_vae.runs.load import find_run_folder, load
-from ppl_vae.runs.open import Say, check_density, load_given_images, open_run
+from ppl_vae.runs.open import Run, Say, check_density, open_run
 from ppl_vae.runs.results import to_json
 from ppl_vae.runtime.process import progress_bar
 from ppl_vae.vae import VAE
 
 _ELBO_PARTICLES = 16  # of the rate that the ELBO predicts
+_MOST_IMAGES = 10_000  # whose rate is predicted at once
 _SHEET = 32  # images in a row, and rows, of one picture in another format
 
 
@@ -47,9 +48,8 @@ def compress_run(options: Compress, *, say: Say) -> Compression:
             f"{run.folder}: expected a likelihood that is a mass, got {run.options.likelihood}, a density: it gives "
             "numbers no code of finite length"
         )
-    vae, K = load(run.folder), options.num_particles
-    given = load_given_images(run, options.split, most=options.images, seed=options.seed)
-    x, output = given.x, check_output(Path(options.output or run.folder / f"{options.split}.bits"))
+    output = check_output(Path(options.output or run.folder / f"{options.split}.bits"))
+    vae, x, K = load(run.folder), _load_pixels(run, options), options.num_particles
     started = time.monotonic()
     with progress_bar(total=len(x), unit="image", desc="compressing") as bar:
         code = compress(vae, x, num_particles=K, seed=options.seed, progress=bar.update)
@@ -57,7 +57,11 @@ def compress_run(options: Compress, *, say: Say) -> Compression:
     coded = _make_file(options, vae, x, code)
     num_bytes = coded.write(output)
     with progress_bar(total=len(x), unit="image", desc="the rate to expect") as bar:
-        found = evaluate(vae, x, num_particles=K if K > 1 else _ELBO_PARTICLES, seed=options.seed, progress=bar.update)
+        S = K if K > 1 else _ELBO_PARTICLES
+        found = [
+            evaluate(vae, part.float(), num_particles=S, seed=options.seed, progress=bar.update)
+            for part in x.split(_MOST_IMAGES)
+        ]
     result = Compression(
         **vars(run.provenance),
         run=run.folder.name,
@@ -70,10 +74,10 @@ def compress_run(options: Compress, *, say: Say) -> Compression:
         num_bytes=num_bytes,
         initial_bytes=4 * code.initial_words,
         bits_per_dim=8 * (num_bytes - 4 * code.initial_words) / x.numel(),
-        bound=Estimate.mean_of(found.log_evidence if K > 1 else found.elbo, K),
+        bound=Estimate.mean_of(torch.cat([part.log_evidence if K > 1 else part.elbo for part in found]), K),
         coded_bound=Estimate.mean_of(torch.from_numpy(code.log_weights), K),
         coded_nats=code.net_bits * math.log(2) / len(x),
-        other_formats=measure_other_formats(x.to(torch.uint8) if coded.largest < 256 else x.int()),
+        other_formats=measure_other_formats(x),
         seconds=seconds,
     )
     runs.write_json(output.with_name(output.name + ".json"), to_json(result))
@@ -98,68 +102,79 @@ def decompress_file(options: Decompress, *, say: Say) -> Path:
     if _digest_weights(vae) != coded.weights:
         raise ValueError(f"{path}: expected the weights that it was compressed with, got others in {folder}")
     if _digest_numbers(vae, coded.largest) != coded.numbers:
+        here, there = map(describe_versions, (find_versions(), coded.versions))
         raise ValueError(
-            f"{path}: this machine computes other numbers from the same weights ({describe_versions()}) than the one "
-            f"that wrote it ({coded.versions}), and cannot decode it"
+            f"{path}: this machine computes other numbers from the same weights ({here}) than the one that wrote it "
+            f"({there}), and cannot decode it"
         )
     output = check_output(Path(options.output or path.with_name(path.name + ".npy")))
-    num_images, place, digest = sum(coded.group_sizes), 0, Digest()
-    code = Code(coded.words, coded.initial_words, coded.group_sizes, np.zeros(0))
+    num_images, digest = sum(coded.sizes), Digest()
+    code = Code(coded.words, coded.initial_words, coded.sizes, np.zeros(0))
     arguments = {"largest": coded.largest, "num_particles": coded.num_particles, "seed": coded.seed}
+    header = {"descr": coded.dtype.str, "fortran_order": False, "shape": (num_images, *coded.event_shape)}
     with (
         replace_file(output) as partial,
+        partial.open("xb") as file,
         progress_bar(total=num_images, unit="image", desc="decompressing") as bar,
     ):
-        shape = (num_images, *coded.event_shape)
-        array = np.lib.format.open_memmap(partial, mode="w+", dtype=coded.dtype, shape=shape)
+        np.lib.format.write_array_header_1_0(file, header)
         try:
             for x in decompress(vae, code, event_shape=coded.event_shape, **arguments):
-                array[place : place + len(x)] = x.numpy().astype(coded.dtype)
-                digest.update(array[place : place + len(x)])
-                place += len(x)
+                array = x.numpy().astype(coded.dtype)
+                digest.update(array)
+                file.write(array.data)
                 bar.update(len(x))
-        except ValueError as error:
+        except CannotDecode as error:
             raise ValueError(f"{path}: {error}") from None
-        if digest.hex != coded.images:
+        if digest.finish() != coded.images:
             raise ValueError(f"{path}: the decoded images are not those that were compressed: their digest differs")
-        array.flush()
     say(f"{num_images:,} images from {path}, equal to those that were compressed, in {output}")
     return output
 
 
+def _load_pixels(run: Run, options: Compress) -> Tensor:
+    """Images (N, *E) of the split, in the type that they are stored in unless they are scaled to fractions."""
+    stored = getattr(run.splits, options.split)
+    is_scaled = run.splits.kind == data.LEVELS and run.evaluated_pixels == "none"
+    dtype = torch.float32 if is_scaled else stored.dtype
+    x = data.evaluation_images(run.splits, options.split, run.evaluated_pixels, seed=options.seed, dtype=dtype)
+    places = data.subset(len(x), options.images)
+    return x if len(places) == len(x) else x[places]
+
+
 def _make_file(options: Compress, vae: VAE, x: Tensor, code: Code) -> CodedFile:
     largest = int(x.max())
-    dtype, digest = np.min_scalar_type(largest), Digest()
+    dtype, images = np.min_scalar_type(largest), Digest()
     for part in x.split(1000):
-        digest.update(part.numpy().astype(dtype))
+        images.update(part.numpy().astype(dtype))
     return CodedFile(
         run=options.run_dir,
+        versions=find_versions(),
         weights=_digest_weights(vae),
-        images=digest.hex,
+        images=images.finish(),
         numbers=_digest_numbers(vae, largest),
-        versions=describe_versions(),
         event_shape=tuple(x.shape[1:]),
         largest=largest,
         num_particles=options.num_particles,
         seed=options.seed,
         initial_words=code.initial_words,
-        sizes=count_runs(code.sizes),
+        sizes=code.sizes,
         words=code.words,
     )
 
 
-def _digest_weights(vae: VAE) -> str:
+def _digest_weights(vae: VAE) -> bytes:
     digest = Digest()
     for _, w in sorted(vae.state_dict().items()):
         digest.update(w)
-    return digest.hex
+    return digest.finish()
 
 
-def _digest_numbers(vae: VAE, largest: int) -> str:
+def _digest_numbers(vae: VAE, largest: int) -> bytes:
     digest = Digest()
     for values in compute_fingerprint(vae, largest=largest):
         digest.update(values)
-    return digest.hex
+    return digest.finish()
 
 
 # --- Other formats ---
@@ -171,22 +186,24 @@ def measure_other_formats(x: Tensor) -> dict[str, int]:
     Zeros and ones are packed, eight in a byte; a table has no pictures.
 
     Args:
-        x: (N, *E) whole numbers.
+        x: (N, *E) whole numbers, of any type.
     """
-    is_binary = bool(x.max() <= 1)
+    largest = int(x.max())
+    is_binary, dtype = largest <= 1, torch.uint8 if largest < 256 else torch.int32
     sizes = {"gzip": 0, "xz": 0}
     gzip, xz = zlib.compressobj(9, zlib.DEFLATED, 31), lzma.LZMACompressor(preset=9 | lzma.PRESET_EXTREME)
     for part in x.split(8192):
-        content = (np.packbits(part.bool().numpy()) if is_binary else part.numpy()).tobytes()
+        content = (np.packbits(part.bool().numpy()) if is_binary else part.to(dtype).numpy()).tobytes()
         sizes["gzip"] += len(gzip.compress(content))
         sizes["xz"] += len(xz.compress(content))
     sizes["gzip"] += len(gzip.flush())
     sizes["xz"] += len(xz.flush())
-    if x.dtype == torch.uint8 and x.dim() == 4 and x.shape[1] in (1, 3):
-        sheets = [_draw_sheet(part, is_binary) for part in x.split(_SHEET * _SHEET)]
-        sizes["PNG"] = sum(_measure_picture(sheet, "PNG", optimize=True) for sheet in sheets)
-        pictures = [sheet.convert("RGB") for sheet in sheets]
-        sizes["WebP"] = sum(_measure_picture(one, "WebP", lossless=True, quality=100, method=6) for one in pictures)
+    if dtype == torch.uint8 and x.dim() == 4 and x.shape[1] in (1, 3):
+        sizes |= {"PNG": 0, "WebP": 0}
+        for part in x.split(_SHEET * _SHEET):
+            sheet = _draw_sheet(part.to(dtype), is_binary)
+            sizes["PNG"] += _measure_picture(sheet, "PNG", optimize=True)
+            sizes["WebP"] += _measure_picture(sheet.convert("RGB"), "WebP", lossless=True, quality=100, method=6)
     return sizes
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import io
 import platform
-import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
@@ -18,9 +16,9 @@ from torch import Tensor
 
 from ppl_vae.runs.files import write_bytes
 
-_MAGIC = b"ppl_vae bits 1\n"
-_DIGEST_BYTES = 16
-_MOST_HEADER = 2**20
+_MAGIC = b"vaebits2"
+_DIGEST_BYTES = 12  # against accidents
+_LIBRARIES = ("torch", "numpy", "constriction")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,16 +26,16 @@ class CodedFile:
     """Everything that decoding needs apart from the run."""
 
     run: str  # a folder or a shipped name, as it was given
-    weights: str  # digest of the weights
-    images: str  # digest of the pixels, in the order of the images
-    numbers: str  # digest of what this machine makes of a few fixed images
-    versions: str  # for a person, where the numbers differ
+    versions: str  # of ``find_versions``, for a person, where the numbers differ
+    weights: bytes  # digest of the weights
+    images: bytes  # digest of the pixels, in the order of the images
+    numbers: bytes  # digest of what this machine makes of a few fixed images
     event_shape: tuple[int, ...]
     largest: int  # value of a pixel
     num_particles: int
     seed: int  # of the initial bits
     initial_words: int
-    sizes: tuple[tuple[int, int], ...]  # of groups of images: (size, how many in a row), in the order of decoding
+    sizes: tuple[int, ...]  # of groups of images, in the order of decoding
     words: NDArray[np.uint32]
 
     @property
@@ -46,16 +44,19 @@ class CodedFile:
         found: np.dtype[np.unsignedinteger] = np.min_scalar_type(self.largest)
         return found
 
-    @property
-    def group_sizes(self) -> tuple[int, ...]:
-        """The size of every group."""
-        return tuple(size for size, count in self.sizes for _ in range(count))
-
     def write(self, path: Path) -> int:
-        """Write the file as a whole or not at all; returns its bytes."""
-        header = {name: value for name, value in vars(self).items() if name != "words"}
-        packed = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
-        content = len(packed).to_bytes(4, "little") + packed + self.words.astype("<u4").tobytes()
+        """Write the file as a whole or not at all; returns its bytes.
+
+        After the magic word and a digest of everything that follows, there are the three digests, the two strings and
+        the integers, each of the strings and of the two tuples with its length before it, and the words.
+        """
+        content = self.weights + self.images + self.numbers
+        for text in (self.run.encode(), self.versions.encode()):
+            content += pack_integers(len(text)) + text
+        runs = [number for size, found in groupby(self.sizes) for number in (size, len(list(found)))]
+        content += pack_integers(self.largest, self.num_particles, self.seed, self.initial_words)
+        content += pack_integers(len(self.event_shape), *self.event_shape, len(runs), *runs)
+        content += self.words.astype("<u4").tobytes()
         content = _MAGIC + hashlib.blake2b(content, digest_size=_DIGEST_BYTES).digest() + content
         write_bytes(path, content)
         return len(content)
@@ -63,37 +64,67 @@ class CodedFile:
 
 def read_coded_file(path: Path) -> CodedFile:
     """Read a file of ``CodedFile.write``. Raises ValueError where it is none, damaged or cut off."""
-    content = path.read_bytes()
-    if not content.startswith(_MAGIC):
-        raise ValueError(f"{path}: expected a file of compressed images ({_MAGIC.decode().strip()}), got another")
-    start = len(_MAGIC) + _DIGEST_BYTES
-    digest, content = content[len(_MAGIC) : start], content[start:]
-    if hashlib.blake2b(content, digest_size=_DIGEST_BYTES).digest() != digest:
+    file = io.BytesIO(path.read_bytes())
+    if file.read(len(_MAGIC)) != _MAGIC:
+        raise ValueError(f"{path}: expected a file of compressed images, got another")
+    digest, start = file.read(_DIGEST_BYTES), file.tell()
+    if hashlib.blake2b(file.getbuffer()[start:], digest_size=_DIGEST_BYTES).digest() != digest:
         raise ValueError(f"{path}: damaged or cut off: its digest is not that of its content")
-    try:
-        size = int.from_bytes(content[:4], "little")
-        header = json.loads(zlib.decompressobj().decompress(content[4 : 4 + size], _MOST_HEADER))
-        header["event_shape"] = tuple(header["event_shape"])
-        header["sizes"] = tuple(map(tuple, header["sizes"]))
-        return CodedFile(**header, words=np.frombuffer(content[4 + size :], dtype="<u4").astype(np.uint32))
-    except (ValueError, KeyError, TypeError, zlib.error) as error:
-        raise ValueError(f"{path}: another version wrote it: {error}") from None
-
-
-def count_runs(sizes: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """Each size with how often it comes in a row.
-
-    >>> count_runs([4, 4, 1])
-    ((4, 2), (1, 1))
-    """
-    return tuple((size, len(list(found))) for size, found in groupby(sizes))
-
-
-def describe_versions() -> str:
-    """What numbers depend on: libraries and the processor."""
-    return ", ".join(
-        [*(f"{name} {_find_version(name)}" for name in ("torch", "numpy", "constriction")), platform.machine()]
+    weights, images, numbers = (file.read(_DIGEST_BYTES) for _ in range(3))
+    run, versions = (file.read(_unpack_integer(file)).decode() for _ in range(2))
+    largest, num_particles, seed, initial_words = (_unpack_integer(file) for _ in range(4))
+    event_shape, runs = ([_unpack_integer(file) for _ in range(_unpack_integer(file))] for _ in range(2))
+    return CodedFile(
+        run=run,
+        versions=versions,
+        weights=weights,
+        images=images,
+        numbers=numbers,
+        event_shape=tuple(event_shape),
+        largest=largest,
+        num_particles=num_particles,
+        seed=seed,
+        initial_words=initial_words,
+        sizes=tuple(size for size, count in zip(runs[::2], runs[1::2], strict=True) for _ in range(count)),
+        words=np.frombuffer(file.read(), dtype="<u4").astype(np.uint32),
     )
+
+
+def pack_integers(*values: int) -> bytes:
+    """Integers from 0, seven bits in a byte, the lowest first; the eighth says that more follow.
+
+    >>> pack_integers(1, 300).hex()
+    '01ac02'
+    """
+    found = bytearray()
+    for value in values:
+        while value > 127:
+            found.append(value & 127 | 128)
+            value >>= 7
+        found.append(value)
+    return bytes(found)
+
+
+def _unpack_integer(file: io.BytesIO) -> int:
+    value = place = 0
+    while (byte := file.read(1)[0]) > 127:
+        value, place = value | (byte & 127) << place, place + 7
+    return value | byte << place
+
+
+def find_versions() -> str:
+    """What numbers depend on: the versions of libraries, and the processor."""
+    return " ".join([*map(_find_version, _LIBRARIES), platform.machine()])
+
+
+def describe_versions(versions: str) -> str:
+    """``find_versions`` in words.
+
+    >>> describe_versions("2.8.0 2.3.1 0.4.1 x86_64")
+    'torch 2.8.0, numpy 2.3.1, constriction 0.4.1, x86_64'
+    """
+    *found, machine = versions.split(" ")
+    return ", ".join([*(f"{name} {version}" for name, version in zip(_LIBRARIES, found, strict=False)), machine])
 
 
 def _find_version(name: str) -> str:
@@ -114,7 +145,6 @@ class Digest:
         self._digest.update(np.ascontiguousarray(values).tobytes())
         return self
 
-    @property
-    def hex(self) -> str:
-        """The digest of what was given so far."""
-        return self._digest.hexdigest()
+    def finish(self) -> bytes:
+        """The digest of what was given."""
+        return self._digest.digest()

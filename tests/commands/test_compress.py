@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from small_run import SMALL, save_bars, silent, train_small
 from ppl_vae import runs
 from ppl_vae.commands import compress as commands
 from ppl_vae.commands.options import Compress, Decompress
+from ppl_vae.runs.coded_file import read_coded_file
 from ppl_vae.runs.load import load
 from ppl_vae.runs.options import Options
 
@@ -62,6 +64,8 @@ def test_the_rate_counts_every_byte_of_the_file(coded: Path) -> None:
     assert found["num_bytes"] == coded.stat().st_size
     expected = 8 * (coded.stat().st_size - found["initial_bytes"]) / (40 * 64)
     assert found["bits_per_dim"] == pytest.approx(expected)
+    in_words = 40 * found["coded_nats"] / math.log(2) / 8 + found["initial_bytes"]
+    assert found["num_bytes"] - in_words - len(read_coded_file(coded).run) < 130  # the header
     assert found["coded_nats"] == pytest.approx(-found["coded_bound"]["mean"], abs=64 / 40 + 0.05)
 
 

@@ -235,7 +235,7 @@ def photograph_explorer(output: Path) -> None:
         return
     with TemporaryDirectory() as folder, sync_playwright() as driver:
         path = Path(folder) / "page.html"
-        path.write_text(page("Explorer", [Section("", [make_explorer(open_run("mnist-best"))], "explore")]))
+        path.write_text(page("Explorer", [Section("", [make_explorer(open_run("mnist-best")).to_html()], "explore")]))
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         for scheme in INK:
             window = {"width": 660, "height": 900}  # narrow, for words that are large enough

@@ -13,7 +13,7 @@ from PIL import Image
 
 from ppl_vae import runs
 from ppl_vae.evidence.estimate import INDISTINCT, Estimate
-from ppl_vae.reports.page.blocks import Block, Picture, Section, Table, Text, true_minus
+from ppl_vae.reports.page.blocks import Section, picture, table, text, true_minus
 from ppl_vae.reports.text.pages import CAPTIONS, COMPARED_PICTURES, NOT_RANKED, QUESTIONS
 from ppl_vae.study.plan import name_run, remedy_names, sweep_name, varied_names
 from ppl_vae.study.results import Difference, StudyNumbers
@@ -59,17 +59,17 @@ def _format_cell(value: Cell) -> str | float | int | None:
     return true_minus(value) if isinstance(value, str) else value
 
 
-def _make_table(name: str, columns: Sequence[str], rows: Sequence[Row]) -> list[Block]:
+def _make_table(name: str, columns: Sequence[str], rows: Sequence[Row]) -> list[str]:
     """A table without columns that are empty in every row; nothing if there is no row. ``name``: of its caption."""
     kept = [k for k in range(len(columns)) if any(row[k] is not None for row in rows)]
     cells = [[_format_cell(row[k]) for k in kept] for row in rows]
-    return [Table([columns[k] for k in kept], cells, CAPTIONS[name])] if rows else []
+    return [table([columns[k] for k in kept], cells, CAPTIONS[name])] if rows else []
 
 
-def _make_section(anchor: str, *parts: Sequence[Block], **numbers: float) -> Section:
+def _make_section(anchor: str, *parts: Sequence[str], **numbers: float) -> Section:
     title, paragraphs = QUESTIONS[anchor]
-    blocks: list[Block] = [Text(paragraphs.format(**numbers) if numbers else paragraphs)]
-    return Section(title, [*blocks, *(block for part in parts for block in part)], anchor=anchor)
+    words = text(paragraphs.format(**numbers) if numbers else paragraphs)
+    return Section(title, [words, *(block for part in parts for block in part)], anchor=anchor)
 
 
 @dataclass(frozen=True)
@@ -79,10 +79,10 @@ class PageSource:
     study: StudyNumbers
     folder: Path
 
-    def show_figure(self, name: str) -> list[Block]:
+    def show_figure(self, name: str) -> list[str]:
         """The figure with its caption, if it was drawn."""
         png = self._read(f"{runs.FIGURES}/{name}.png")
-        return [] if png is None else [Picture(png, CAPTIONS[name], CAPTIONS[name])]
+        return [] if png is None else [picture(png, CAPTIONS[name], CAPTIONS[name])]
 
     def read_picture(self, run: str, name: str) -> bytes | None:
         """A run's picture by its name, if it exists."""
@@ -98,7 +98,7 @@ class PageSource:
         return place.read_bytes() if place is not None and place.is_file() else None
 
 
-def _stack_strips(named: Sequence[tuple[str, bytes | None]], caption: str) -> list[Block]:
+def _stack_strips(named: Sequence[tuple[str, bytes | None]], caption: str) -> list[str]:
     """Strips of one width below each other, named from the top in the caption; nothing for fewer than two."""
     known = [(name, strip) for name, strip in named if strip is not None]
     if len(known) < 2:
@@ -108,7 +108,7 @@ def _stack_strips(named: Sequence[tuple[str, bytes | None]], caption: str) -> li
     out = io.BytesIO()
     Image.fromarray(np.concatenate([part for image in images for part in (image, gap)][:-1])).save(out, format="png")
     words = CAPTIONS["strips"].format(names="; ".join(name for name, _ in known), caption=caption)
-    return [Picture(out.getvalue(), words, words)]
+    return [picture(out.getvalue(), words, words)]
 
 
 # --- The questions ---
@@ -134,7 +134,7 @@ def explain_beta(source: PageSource) -> Section:
     )
 
 
-def _show_sweep(source: PageSource, dataset: str, name: str) -> list[Block]:
+def _show_sweep(source: PageSource, dataset: str, name: str) -> list[str]:
     """The pictures of that name along beta, below the test images."""
     sweep = source.study.find_sweep(dataset)
     named = [(f"beta = {run.beta:g}", source.read_picture(run.name, name)) for run in sweep]
@@ -160,7 +160,7 @@ def explain_check(source: PageSource) -> Section:
 
 def explain_blur(source: PageSource) -> Section:
     """Why do VAEs blur, and autoencoders too?"""
-    pictures: list[Block] = []
+    pictures: list[str] = []
     for dataset in source.study.datasets:
         models = {"the VAE": sweep_name(dataset), "the autoencoder": name_run(dataset, "autoencoder")}
         for name, words in COMPARED_PICTURES.items():
@@ -170,7 +170,7 @@ def explain_blur(source: PageSource) -> Section:
     return _make_section("blur", pictures, _tabulate_error(source.study), _tabulate_samples(source.study))
 
 
-def _tabulate_error(study: StudyNumbers) -> list[Block]:
+def _tabulate_error(study: StudyNumbers) -> list[str]:
     """Reconstructions of the VAE and the autoencoder, by the number of latents."""
     rows: list[Row] = []
     for dataset in study.datasets:
@@ -188,7 +188,7 @@ def _tabulate_error(study: StudyNumbers) -> list[Block]:
     return _make_table("errors", [*columns, "posterior noise", "the rest"], rows)
 
 
-def _tabulate_samples(study: StudyNumbers) -> list[Block]:
+def _tabulate_samples(study: StudyNumbers) -> list[str]:
     """Samples of the prior and of densities that were fitted to codes."""
     rows: list[Row] = []
     for dataset in study.datasets:
@@ -204,7 +204,7 @@ def _tabulate_samples(study: StudyNumbers) -> list[Block]:
 def explain_averaging(source: PageSource) -> Section:
     """What does averaging over pixels do?"""
     study = source.study
-    pictures: list[Block] = []
+    pictures: list[str] = []
     rows: list[Row] = []
     for dataset in study.datasets:
         compared = {"beta = 1": sweep_name(dataset), "beta = D": name_run(dataset, "beta-of-mean")}
@@ -249,10 +249,10 @@ def explain_method(source: PageSource) -> Section:
         [word, each.description, each.train, each.validation, each.test, each.floor]
         for word, each in study.data.items()
     ]
-    table = _make_table("data", ["data", "what it is", "train", "validation", "test", "floor"], rows)
+    described = _make_table("data", ["data", "what it is", "train", "validation", "test", "floor"], rows)
     numbers = {name: seconds / 60 for name, seconds in study.seconds.items()}
     numbers |= {name: getattr(settings, name) for name in ("epochs", "num_particles", "images")}
-    return _make_section("method", table, **numbers)
+    return _make_section("method", described, **numbers)
 
 
 EXPLANATIONS: tuple[Callable[[PageSource], Section], ...] = (

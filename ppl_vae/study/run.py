@@ -11,7 +11,7 @@ from ppl_vae import runs
 from ppl_vae.commands.options import RunStudy
 from ppl_vae.commands.run_series import check_runs, train_or_resume
 from ppl_vae.diagnostics.likelihood import measure_noise
-from ppl_vae.reports.page.blocks import Section, Text, page
+from ppl_vae.reports.page.blocks import Section, page, text
 from ppl_vae.reports.page.explorer import make_explorer
 from ppl_vae.reports.text.pages import QUESTIONS, SUBTITLE, TITLE
 from ppl_vae.runs.build import build_likelihood
@@ -218,9 +218,9 @@ def compose_page(study: StudyNumbers, folder: Path) -> str:
     """The page as a string, with what a study's folder has of pictures, figures, and decoders of two latents."""
     sections = [explain(PageSource(study, folder)) for explain in EXPLANATIONS]
     places = [folder / RUNS / name_run(study.datasets[0], what) for what in ("latents-2", "autoencoder-2")]
-    explorers = [make_explorer(open_run(str(place))) for place in places if (place / runs.MODEL).exists()]
+    explorers = [make_explorer(open_run(str(place))).to_html() for place in places if (place / runs.MODEL).exists()]
     title, words = QUESTIONS["explore"]
-    sections.append(Section(title, [Text(words), *explorers], anchor="explore"))
+    sections.append(Section(title, [text(words), *explorers], anchor="explore"))
     datasets = " and ".join(study.datasets)
     subtitle = SUBTITLE.format(trainings=len(study.runs), datasets=datasets, size=study.size)
     return page(TITLE, sections, subtitle=subtitle)

@@ -16,7 +16,7 @@ from browser import Visit
 
 from ppl_vae.conditional import Conditional
 from ppl_vae.parts import likelihoods, networks
-from ppl_vae.reports.page.blocks import Picture, Section, Table, Text, VerdictBlock, page
+from ppl_vae.reports.page.blocks import Section, page, picture, table, text, verdict
 from ppl_vae.reports.page.explorer import Explorer, decoder_weights
 
 SHAPE = (1, 7, 5)  # higher than wide, so that rows and columns cannot be mistaken
@@ -74,23 +74,21 @@ def everything() -> list[Section]:
     long_word = "runs/" + "a-very-long-name-of-a-run-folder" * 4
     wide = [[f"row {k}", *(-86.125 * k,) * 9, "−86.1 ± 0.2"] for k in range(3)]
     return [
-        Section("First words", [Text("A **bold** word, some `code`.\n\nAnother paragraph.")], "first-words"),
+        Section("First words", [text("A **bold** word, some `code`.\n\nAnother paragraph.")], "first-words"),
         Section(
             "Numbers",
             [
-                Table(["name", *(f"column {k}" for k in range(9)), "bound"], wide, "Caption of the table", highlight=1),
-                VerdictBlock("over-regularized", f"KL 0.1 nats in {long_word}", f"Train again: {long_word} --beta 1"),
-                VerdictBlock(
-                    "healthy", "All is well.", severity="healthy", figure=Picture(png(90), "A figure", "gray")
-                ),
+                table(["name", *(f"column {k}" for k in range(9)), "bound"], wide, "Caption of the table", highlight=1),
+                verdict("over-regularized", f"KL 0.1 nats in {long_word}", f"Train again: {long_word} --beta 1"),
+                verdict("healthy", "All is well.", is_healthy=True, figure=picture(png(90), "A figure", "gray")),
             ],
             "numbers",
         ),
         Section(
             "The plane",
             [
-                Picture(png(200, 900, 30), "Light alone", "a band"),
-                explorer(num_points=50, labels=np.arange(50) % 10),
+                picture(png(200, 900, 30), "Light alone", "a band"),
+                explorer(num_points=50, labels=np.arange(50) % 10).to_html(),
             ],
             "plane",
         ),
@@ -102,7 +100,8 @@ def visit(chromium: Any, tmp_path: Path) -> Callable[..., Visit]:
     """Writes a page to disk and opens it there."""
 
     def opened(*blocks: Any, title: str = "A page", **options: Any) -> Visit:
-        sections = [Section("Only one", blocks, "only")] if blocks else everything()
+        shown = [block.to_html() if isinstance(block, Explorer) else block for block in blocks]
+        sections = [Section("Only one", shown, "only")] if blocks else everything()
         path = tmp_path / "page.html"
         path.write_text(page(title, sections, subtitle="What it says."), encoding="utf-8")
         return Visit(chromium, path, **options)
@@ -132,10 +131,10 @@ def test_a_page_names_no_address_of_a_network() -> None:
 )
 def test_markup_in_words_is_shown_as_it_was_written(visit, words: str) -> None:
     blocks = [
-        Text(words),
-        VerdictBlock(words, words, words),
-        Table([words], [[words]], words),
-        Picture(png(2), words, words),
+        text(words),
+        verdict(words, words, words),
+        table([words], [[words]], words),
+        picture(png(2), words, words),
         explorer(labels=np.zeros(3, dtype=int), label_names=[words]),
     ]
     with visit(*blocks, title=words) as seen:
@@ -160,7 +159,7 @@ def test_words_cannot_close_the_data_of_an_explorer(visit) -> None:
     [(1204500, "1,204,500"), (-86.1254, "−86.13"), (12345.6, "12,346"), (None, "–"), (np.int64(20000), "20,000")],
 )
 def test_a_number_is_written_as_people_read_it(value: object, shown: str) -> None:
-    assert f'<td class="number">{shown}</td>' in page("t", [Section("s", [Table(["n"], [[value]])], "s")])  # type: ignore[list-item]
+    assert f'<td class="number">{shown}</td>' in page("t", [Section("s", [table(["n"], [[value]])], "s")])  # type: ignore[list-item]
 
 
 # --- The explorer ---
@@ -200,8 +199,8 @@ def code_at(block: Explorer, place: tuple[float, float], *, picked: int = 0) -> 
 def all_decoders(chromium: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Visit]:
     """One page with an explorer of each network, and then of each likelihood."""
     path = tmp_path_factory.mktemp("page") / "page.html"
-    by_network = [explorer(likelihood) for likelihood in DECODERS.values()]
-    by_family = [explorer(of_family(family)) for family in FAMILIES]
+    by_network = [explorer(likelihood).to_html() for likelihood in DECODERS.values()]
+    by_family = [explorer(of_family(family)).to_html() for family in FAMILIES]
     path.write_text(page("All", [Section("All", [*by_network, *by_family], "all")]), encoding="utf-8")
     with Visit(chromium, path) as seen:
         yield seen

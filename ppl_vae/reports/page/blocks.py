@@ -1,6 +1,6 @@
-"""The blocks of a page as frozen dataclasses, and the page that they make: one self-contained HTML file.
+"""The blocks of a page as HTML, and the page that they make: one self-contained file.
 
-``Text``, captions and evidence know two marks, ``**bold**`` and ```code``` between backticks. All else is escaped. A
+Text, captions and evidence know two marks, ``**bold**`` and ```code``` between backticks. All else is escaped. A
 blank line starts a new paragraph.
 """
 
@@ -11,10 +11,9 @@ import html
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import count
 from numbers import Integral
 from pathlib import Path
-from typing import Literal, Protocol, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
@@ -44,19 +43,14 @@ def inline(words: str) -> str:
     return _BOLD.sub(r"<strong>\1</strong>", _CODE.sub(r"<code>\1</code>", escape(words)))
 
 
-def _paragraphs(words: str) -> str:
-    return "\n".join(f"<p>{inline(part.strip())}</p>" for part in re.split(r"\n\s*\n", words) if part.strip())
-
-
 def true_minus(words: str) -> str:
     """The same text with a true minus before numbers, but not within words, options or ranges."""
     return _MINUS.sub("−", words)
 
 
-def caption_html(words: str, name: str = "") -> str:
-    """The caption of a figure, if it has one. ``name``: its id."""
-    label = f' id="{name}"' if name else ""
-    return f"<figcaption{label}>{inline(words)}</figcaption>" if words else ""
+def caption_html(words: str) -> str:
+    """The caption of a figure, if it has one."""
+    return f"<figcaption>{inline(words)}</figcaption>" if words else ""
 
 
 def encode_base64(values: bytes | np.ndarray) -> str:
@@ -64,72 +58,36 @@ def encode_base64(values: bytes | np.ndarray) -> str:
     return base64.b64encode(values if isinstance(values, bytes) else values.tobytes()).decode("ascii")
 
 
-def _image(png: bytes, alt: str) -> str:
+# --- Blocks, as HTML ---
+
+
+def text(words: str) -> str:
+    """Paragraphs."""
+    return "\n".join(f"<p>{inline(part.strip())}</p>" for part in re.split(r"\n\s*\n", words) if part.strip())
+
+
+def picture(png: bytes, caption: str, alt: str) -> str:
+    """A PNG with its caption, and ``alt``, what it shows, for those who do not see it."""
     width, height = int.from_bytes(png[16:20], "big"), int.from_bytes(png[20:24], "big")  # of a PNG's header
     kind = "pixelated" if width <= _SMALL else "card broad" if width >= _BROAD else "card"
     source = f"data:image/png;base64,{encode_base64(png)}"
-    return f'<img class="{kind}" src="{source}" alt="{escape(alt)}" width="{width}" height="{height}">'
+    image = f'<img class="{kind}" src="{source}" alt="{escape(alt)}" width="{width}" height="{height}">'
+    return f'<figure class="picture wide"><div class="scroll">{image}</div>{caption_html(caption)}</figure>'
 
 
-# --- Blocks. ``number`` is the block's own on its page. ---
+def verdict(word: str, evidence: str, advice: str = "", *, figure: str = "", is_healthy: bool = False) -> str:
+    """A verdict with its evidence, the advice on what would change it, if any, and the picture that shows it."""
+    severity, sign = ("healthy", "✓") if is_healthy else ("warning", "!")
+    return (
+        f'<section class="verdict {severity}" aria-label="Verdict: {escape(word)}">'
+        f'<h3><span class="sign" aria-hidden="true">{sign}</span>{inline(word)}</h3>\n'
+        f"{text(evidence)}{text(advice)}{figure}</section>"
+    )
 
 
-class Block(Protocol):
-    """What a page consists of."""
-
-    def to_html(self, number: int) -> str:
-        """The block as HTML."""
-        ...
-
-
-@dataclass(frozen=True)
-class Text:
-    """Paragraphs."""
-
-    text: str
-
-    def to_html(self, number: int) -> str:
-        """The block as HTML."""
-        return _paragraphs(self.text)
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A PNG with its caption, and ``alt``, what it shows, for those who do not see it."""
-
-    png: bytes
-    caption: str
-    alt: str
-
-    def to_html(self, number: int) -> str:
-        """The block as HTML."""
-        image = f'<div class="scroll">{_image(self.png, self.alt)}</div>'
-        return f'<figure class="picture wide">{image}{caption_html(self.caption)}</figure>'
-
-
-@dataclass(frozen=True)
-class VerdictBlock:
-    """A verdict with its evidence, the advice on what would change it, if any, and the figure that shows it."""
-
-    word: str
-    evidence: str
-    advice: str = ""
-    figure: Picture | None = None
-    severity: Literal["healthy", "warning"] = "warning"
-
-    def to_html(self, number: int) -> str:
-        """The block as HTML."""
-        sign = {"healthy": "✓", "warning": "!"}[self.severity]
-        return (
-            f'<section class="verdict {self.severity}" aria-label="Verdict: {escape(self.word)}">'
-            f'<h3><span class="sign" aria-hidden="true">{sign}</span>{inline(self.word)}</h3>\n'
-            f"{_paragraphs(self.evidence)}{_paragraphs(self.advice)}"
-            f"{self.figure.to_html(number) if self.figure else ''}</section>"
-        )
-
-
-@dataclass(frozen=True)
-class Table:
+def table(
+    columns: Sequence[str], rows: Sequence[Sequence[Cell]], caption: str = "", *, highlight: int | None = None
+) -> str:
     """Rows under named columns; columns of numbers are set to the right.
 
     Args:
@@ -138,29 +96,19 @@ class Table:
         caption: Says what to see.
         highlight: The row that stands out.
     """
-
-    columns: Sequence[str]
-    rows: Sequence[Sequence[Cell]]
-    caption: str = ""
-    highlight: int | None = None
-
-    def to_html(self, number: int) -> str:
-        """The block as HTML."""
-        kinds = [_column_class([row[k] for row in self.rows]) for k in range(len(self.columns))]
-        head = "".join(
-            f'<th scope="col"{kind}>{inline(name)}</th>' for kind, name in zip(kinds, self.columns, strict=True)
-        )
-        body = []
-        for i, row in enumerate(self.rows):
-            cells = "".join(f"<td{kind}>{_cell(value)}</td>" for kind, value in zip(kinds, row, strict=True))
-            mark = ' class="highlight"' if i == self.highlight else ""
-            body.append(f"<tr{mark}>{cells}</tr>")
-        label = f'aria-labelledby="caption-{number}"' if self.caption else 'aria-label="Table"'
-        return (
-            f'<figure class="table wide"><div class="scroll" tabindex="0" role="region" {label}>'
-            f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
-            f"{caption_html(self.caption, f'caption-{number}')}</figure>"
-        )
+    kinds = [_column_class([row[k] for row in rows]) for k in range(len(columns))]
+    head = "".join(f'<th scope="col"{kind}>{inline(name)}</th>' for kind, name in zip(kinds, columns, strict=True))
+    body = []
+    for i, row in enumerate(rows):
+        cells = "".join(f"<td{kind}>{_cell(value)}</td>" for kind, value in zip(kinds, row, strict=True))
+        mark = ' class="highlight"' if i == highlight else ""
+        body.append(f"<tr{mark}>{cells}</tr>")
+    label = escape(caption or "Table")
+    return (
+        f'<figure class="table wide"><div class="scroll" tabindex="0" role="region" aria-label="{label}">'
+        f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+        f"{caption_html(caption)}</figure>"
+    )
 
 
 def _cell(value: Cell) -> str:
@@ -188,7 +136,7 @@ class Section:
     """A heading, the blocks below it, and the anchor that links to it, "#anchor"."""
 
     title: str
-    blocks: Sequence[Block]
+    blocks: Sequence[str]
     anchor: str
 
 
@@ -206,11 +154,8 @@ def page(title: str, sections: Sequence[Section], *, subtitle: str = "") -> str:
         subtitle: A sentence below the title.
     """
     files = {name: (_HERE / name).read_text(encoding="utf-8") for name in ("style.css", "explorer.js")}
-    numbers = count(1)
     body = "\n".join(
-        f'<section id="{section.anchor}"><h2>{inline(section.title)}</h2>\n'
-        + "\n".join(block.to_html(next(numbers)) for block in section.blocks)
-        + "</section>"
+        f'<section id="{section.anchor}"><h2>{inline(section.title)}</h2>\n' + "\n".join(section.blocks) + "</section>"
         for section in sections
     )
     contents = "".join(f'<li><a href="#{section.anchor}">{inline(section.title)}</a></li>' for section in sections)

@@ -191,7 +191,7 @@ class Explorer:
         keys = "".join(f'<li><span class="dot label-{k % 10}"></span>{page.escape(names[k])}</li>' for k in kinds)
         return f'<ul class="legend" aria-label="Colors of the points">{keys}</ul>'
 
-    def to_html(self, number: int) -> str:
+    def to_html(self) -> str:
         """The block as HTML."""
         _, height, width = self.decoder.event_shape
         views = "".join(
@@ -201,13 +201,13 @@ class Explorer:
         )
         readout = "".join(f"<span>direction {k} = <output></output></span> " for k in (1, 2))
         return (
-            f'<figure class="explorer wide" id="explorer-{number}"><div class="panel"><div class="stage">'
+            f'<figure class="explorer wide"><div class="panel"><div class="stage">'
             f'<div class="pad-box"><canvas class="pad" width="640" height="640" tabindex="0" role="application" '
-            f'aria-roledescription="plane of codes" aria-describedby="help-{number}" '
-            f'aria-label="Plane of codes: direction 1 to the right, direction 2 up"></canvas>'
+            f'aria-roledescription="plane of codes" '
+            f'aria-label="Plane of codes: direction 1 to the right, direction 2 up. {text.EXPLORER_HELP}"></canvas>'
             f'<p class="readout">{readout}</p></div>'
             f'<div class="views">{views}</div>'
-            f'<div class="notes"><p class="help" id="help-{number}">{text.EXPLORER_HELP}</p>{self._make_legend()}'
+            f'<div class="notes"><p class="help">{text.EXPLORER_HELP}</p>{self._make_legend()}'
             f"<noscript><p>{text.EXPLORER_NO_SCRIPT}</p></noscript></div></div></div>"
             f'<script type="application/json">{self._to_json()}</script>{page.caption_html(self.caption)}</figure>'
         )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ppl_vae import runs
 from ppl_vae.reports.page import blocks as page
-from ppl_vae.reports.page.blocks import Block, Picture, Section, Table, Text, VerdictBlock, true_minus
+from ppl_vae.reports.page.blocks import Section, true_minus
 from ppl_vae.reports.page.explorer import make_explorer
 from ppl_vae.reports.run_figures import figure_names
 from ppl_vae.reports.text import make_sentence, plus_minus
@@ -31,10 +31,10 @@ def make_page(run: Run, step: int, diagnosis: Diagnosis | None, *, split: str) -
         split: The split that is diagnosed.
     """
     try:
-        explorer: Block = make_explorer(run)
+        explorer = make_explorer(run).to_html()
     except ValueError as error:
-        explorer = Text(text.NO_EXPLORER.format(reason=make_sentence(str(error))))
-    blocks: dict[str, Sequence[Block]] = {
+        explorer = page.text(text.NO_EXPLORER.format(reason=make_sentence(str(error))))
+    blocks: dict[str, Sequence[str]] = {
         "likelihood": _likelihood(run, step),
         "verdicts": _verdicts(run, diagnosis, split),
         "explore": [explorer],
@@ -46,7 +46,7 @@ def make_page(run: Run, step: int, diagnosis: Diagnosis | None, *, split: str) -
     return page.page(text.page_title(run), sections, subtitle=make_sentence(describe_model(run)[0]))
 
 
-def _setup(run: Run, step: int) -> list[Block]:
+def _setup(run: Run, step: int) -> list[str]:
     """Every option of the run, and its data."""
 
     def show(value: object) -> str:
@@ -54,14 +54,14 @@ def _setup(run: Run, step: int) -> list[Block]:
 
     options = {name: value for name, value in to_json(run.options).items() if value is not None}
     rows = [[f"`{format_flag(name)}`", show(value)] for name, value in options.items()]
-    return [Text(text.describe_setup(run, step)), Table(["option", "value"], rows, text.OPTIONS_CAPTION)]
+    return [page.text(text.describe_setup(run, step)), page.table(["option", "value"], rows, text.OPTIONS_CAPTION)]
 
 
-def _likelihood(run: Run, step: int) -> list[Block]:
+def _likelihood(run: Run, step: int) -> list[str]:
     """The evaluation: its numbers, how they were measured, and how far to trust them."""
     entry = read_evaluation(run.folder)
     if entry is None or entry.step != step:
-        return [Text(text.describe_missing_evaluation(run))]
+        return [page.text(text.describe_missing_evaluation(run))]
     keys = ("reconstruction",) if entry.log_likelihood is None else tuple(text.EVALUATION_ROWS)
     rows = [
         [text.evaluation_row_name(entry, key), true_minus(plus_minus(getattr(entry, key))), text.EVALUATION_ROWS[key]]
@@ -71,35 +71,35 @@ def _likelihood(run: Run, step: int) -> list[Block]:
     highlight = None if is_autoencoder(run.options) else 0
     lines = [line.strip() for line in describe_evaluation(entry)]
     details = [make_sentence(line) for line in lines if not line.startswith(("log-likelihood ", "ELBO "))]
-    table = Table(["nats per image", "mean ± standard error", "what it is"], rows, caption, highlight)
-    return [table, Text(true_minus(" ".join(details)))]
+    table = page.table(["nats per image", "mean ± standard error", "what it is"], rows, caption, highlight=highlight)
+    return [table, page.text(true_minus(" ".join(details)))]
 
 
-def _verdicts(run: Run, diagnosis: Diagnosis | None, split: str) -> list[Block]:
+def _verdicts(run: Run, diagnosis: Diagnosis | None, split: str) -> list[str]:
     """What stands out."""
     if diagnosis is None:
-        return [Text(text.TOO_FEW_IMAGES.format(split=split))]
+        return [page.text(text.TOO_FEW_IMAGES.format(split=split))]
     numbers = diagnosis.numbers
-    blocks: list[Block] = [Text(text.MEASURED_ON.format(num_images=numbers.num_images, split=diagnosis.split))]
+    blocks: list[str] = [page.text(text.MEASURED_ON.format(num_images=numbers.num_images, split=diagnosis.split))]
     for verdict in diagnosis.verdicts:
         figures = _pictures(run, [verdict.figure] if verdict.figure else [])
         blocks.append(
-            VerdictBlock(
+            page.verdict(
                 verdict.word,
                 true_minus(make_sentence(verdict.evidence)),
                 describe_advice(verdict),
-                figure=figures[0] if figures else None,
-                severity="healthy" if verdict.severity == "note" else "warning",
+                figure="".join(figures),
+                is_healthy=verdict.severity == "note",
             )
         )
     return blocks
 
 
-def _pictures(run: Run, names: Sequence[str]) -> list[Picture]:
+def _pictures(run: Run, names: Sequence[str]) -> list[str]:
     """The figures of the run's folder that exist, with their captions."""
     found = []
     for name in names:
         path, caption = run.folder / runs.FIGURES / name, (text.FIGURES | text.DIAGNOSIS_FIGURES).get(name, "")
         if path.is_file():
-            found.append(Picture(path.read_bytes(), caption, caption or Path(name).stem))
+            found.append(page.picture(path.read_bytes(), caption, caption or Path(name).stem))
     return found

@@ -63,24 +63,6 @@ def _share_below(values: Tensor, among: Tensor) -> Tensor:
     return (below + at_most).double() / (2 * len(among))
 
 
-def share_above_median(own: Tensor, other: Tensor) -> Estimate:
-    """P(b > median of a): the share of the other set's values above the own set's median.
-
-    The error combines that of the share, see ``Estimate.share_of``, and that of the median from m values: half the
-    difference of the shares at the quantiles 1/2 -+ 1 / (2 sqrt(m)).
-
-    own: (m,), other: (n,). An empty sample or a NaN raises ValueError.
-
-    Source: ours, but for the share's error.
-    """
-    own, other = _check_numbers("own", own), _check_numbers("other", other)
-    reach = 0.5 / math.sqrt(len(own))
-    at = torch.tensor([0.5, 0.5 - reach, 0.5 + reach], dtype=torch.double)
-    above = other > own.quantile(at.to(own.device))[:, None]
-    share, most, least = (Estimate.share_of(flags) for flags in above)
-    return Estimate(share.mean, math.hypot(share.stderr, (most.mean - least.mean) / 2))
-
-
 @dataclass(frozen=True)
 class Typicality:
     """log p(x) of images from another data set, compared with images like the training data.
@@ -89,7 +71,6 @@ class Typicality:
         dataset: the name of the other data set.
         own, other: the means of L_S, nats per image.
         num_particles: S.
-        share_above_own_median: P(log p(x) of another image > the own images' median): 1/2 if the sets are alike.
         auroc_of_density: of the classifier "low log p(x) means another set": 1/2 if it knows nothing, below 1/2 if the
             other images have the higher density.
         auroc_of_distance: of the classifier "log p(x) far from the own mean, on either side, means another set".
@@ -100,7 +81,6 @@ class Typicality:
     own: ImagesMean
     other: ImagesMean
     num_particles: int
-    share_above_own_median: Estimate
     auroc_of_density: Estimate
     auroc_of_distance: Estimate
     words: tuple[str, ...]
@@ -127,20 +107,18 @@ def typicality(own: Tensor, other: Tensor, *, dataset: str, num_particles: int) 
     if not own.isfinite().all():
         raise ValueError("own: expected finite numbers, got an infinite one, from which nothing has a distance")
     distances = [(values - own.mean()).abs() for values in (own, other)]
-    found = (share_above_median(own, other), auroc(other, own), auroc(*distances))
-    above, density, distance = (f"{each.mean:.3f} ± {each.stderr:.3f}" for each in found)
+    found = (auroc(other, own), auroc(*distances))
+    density, distance = (f"{each.mean:.3f} ± {each.stderr:.3f}" for each in found)
     return Typicality(
         dataset=dataset,
         own=ImagesMean.mean_of(own),
         other=ImagesMean.mean_of(other),
         num_particles=num_particles,
-        share_above_own_median=found[0],
-        auroc_of_density=found[1],
-        auroc_of_distance=found[2],
+        auroc_of_density=found[0],
+        auroc_of_distance=found[1],
         words=(
             f"a low log p(x) tells the other images apart with an AUROC of {density} (1: surely, 1/2: not at all, "
             "below: the model gives them the higher density)",
-            f"a share of {above} of them lies above the own images' median log p(x)",
             f"the distance of log p(x) from the own mean, on either side, tells them apart with an AUROC of {distance}",
             "a density is not typicality: a high log p(x) does not say that an image is like the data, and a low bound "
             "may be due to a guide that has seen no such images",

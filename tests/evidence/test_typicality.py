@@ -12,7 +12,7 @@ from scipy import stats
 from torch.testing import assert_close
 
 from ppl_vae.evidence import evaluation
-from ppl_vae.evidence.typicality import auroc, mix_prior_into_guide, share_above_median, typicality
+from ppl_vae.evidence.typicality import auroc, mix_prior_into_guide, typicality
 
 ERRORS = 4.5
 
@@ -82,21 +82,6 @@ def test_sets_that_do_not_overlap_have_an_auroc_of_one_with_an_error():
     found = auroc(normal(100), normal(50, loc=100.0))
     assert found.mean == 1
     assert found.stderr == pytest.approx(1 / 51)
-
-
-# --- Shares ---
-
-
-def test_the_share_above_the_median_is_that_of_two_normals():
-    found = share_above_median(normal(4000, seed=5), normal(3000, loc=0.5, seed=6))
-    assert within(found, stats.norm.sf(0, loc=0.5))
-
-
-@pytest.mark.parametrize("count", [50, 1000])
-def test_a_shares_error_holds_that_of_the_quantile(count):
-    """Of few own images the quantile moves most; of many the share alone does."""
-    found = [share_above_median(normal(count, seed=2 * i), normal(200, loc=0.5, seed=2 * i + 1)) for i in range(400)]
-    assert is_claimed_error([one.mean for one in found], [one.stderr for one in found])
 
 
 # --- Both sets ---

@@ -31,7 +31,7 @@ from ppl_vae.runs.build import build_likelihood
 from ppl_vae.runs.checkpoints import get_step
 from ppl_vae.runs.load import find_run_folder, load, make_config
 from ppl_vae.runs.open import Run, Say, open_run, open_without_data
-from ppl_vae.runs.outputs import check_new, make_folder, write_figure
+from ppl_vae.runs.outputs import check_new, make_folder, make_parent, write_figure
 from ppl_vae.runs.resolve import find_device
 from ppl_vae.runs.results import DIAGNOSIS, Diagnosis, read_diagnosis, read_per_image, to_json
 from ppl_vae.runtime.global_state import seeded
@@ -161,13 +161,9 @@ def report_run(options: Report, *, say: Say) -> Path:
     """
     run = open_run(options.run_dir, dataset=options.dataset, data_dir=options.data_dir, say=say)
     path = run.folder / REPORT if options.output is None else Path(options.output)
-    if path.is_dir():
-        raise ValueError(f"--output: expected a file, but {path} is a folder")
+    make_parent(path)
     if path.exists() and options.output is not None and GENERATOR.encode() not in path.read_bytes()[:_HEAD]:
         raise ValueError(f"--output: expected a new file, or an earlier page, but {path} is neither")
-    if not path.parent.is_dir():
-        raise ValueError(f"--output: expected a file in a folder that is there, but {path.parent} is not")
-    runs.check_writable(path.parent)
     step = runs.load_step(run.folder / runs.MODEL)
     if not is_drawn(run):
         write_figures(run, say=say)

@@ -22,7 +22,6 @@ from ppl_vae.hierarchy import LayeredDistribution
 from ppl_vae.parts.priors import VampMixture
 from ppl_vae.protocols import LatentModel
 from ppl_vae.runtime.batching import images_per_pass, pairs_per_pass
-from ppl_vae.runtime.errors import check_count
 from ppl_vae.runtime.global_state import serialize_threads
 from ppl_vae.support import check_support
 
@@ -38,6 +37,9 @@ _LEAST_KL = 0.1
 # latents that the guide uses. Source: ours.
 _LEAST_SLOPE = 0.05
 _STDERRS = 3.0
+
+_KL_DRAWS = 100  # per image, for a KL without a closed form
+_BETA_DRAWS = 8  # pairs per image, for an implied beta
 
 
 @dataclass(frozen=True)
@@ -74,14 +76,11 @@ def _closed_kl(q: Distribution | None, p: Distribution) -> Tensor | None:
 
 
 @serialize_threads(gradients=False)
-def latent_kl(vae: LatentModel, x: Tensor, *, draws: int = 100) -> PerLatent | None:
-    """(1/N) sum_n KL(q(z_l | x_n) || p(z_l)) for each latent, (L,) nats, in closed form if torch has one.
+def latent_kl(vae: LatentModel, x: Tensor) -> PerLatent | None:
+    """(1/N) sum_n KL(q(z_l | x_n) || p(z_l)) for each latent, (L,) nats: closed if torch has it, or by 100 draws each.
 
-    None unless guide and prior are products over latents by construction.
-
-    Args:
-        x: (N, *E), as the model sees images; none raise ValueError.
-        draws: of q(z | x) per image, if there is no closed form.
+    None unless guide and prior are products over latents by construction. x: (N, *E), as the model sees images; none
+    raise ValueError.
     """
     p, found = factors(vae.prior()), []
     for group in AggregatePosterior.encode(vae, x).groups:
@@ -90,7 +89,7 @@ def latent_kl(vae: LatentModel, x: Tensor, *, draws: int = 100) -> PerLatent | N
             return None
         kl = _closed_kl(q, p)
         if kl is None:
-            z = group.sample((draws,))
+            z = group.sample((_KL_DRAWS,))
             kl = (q.log_prob(z).double() - p.log_prob(z).double()).mean(0)
         found.append(kl)
     return PerLatent.mean_of(torch.cat(found))
@@ -202,7 +201,7 @@ def elbo_split(vae: LatentModel, x: Tensor) -> ElboSplit:
 
 
 @serialize_threads()
-def implied_beta(vae: LatentModel, x: Tensor, *, draws: int = 8) -> Estimate | None:
+def implied_beta(vae: LatentModel, x: Tensor) -> Estimate | None:
     """beta = (d/dlog c E_q[log p(x | z)]) / (d/dlog c KL(q || p)) at c = 1, for a factor c on all scales of the guide.
 
     Training with weight beta ends where no change of the guide improves reconstruction - beta KL. One such change is to
@@ -218,7 +217,6 @@ def implied_beta(vae: LatentModel, x: Tensor, *, draws: int = 8) -> Estimate | N
     Args:
         vae: its weights are not changed, and get no gradient.
         x: (N, *E), as the model sees images.
-        draws: pairs of draws per image.
 
     Returns:
         The implied beta. None if the KL is at most 0.1 nats, or its derivative at most 0.05 nats or three standard
@@ -228,13 +226,12 @@ def implied_beta(vae: LatentModel, x: Tensor, *, draws: int = 8) -> Estimate | N
 
     Source: ours.
     """
-    draws = check_count("draws", draws)
     check_support(vae.model, x)
     prior = vae.prior()
     if isinstance(prior, LayeredDistribution | VampMixture):
         return None
-    passes = x.split(max(1, pairs_per_pass(vae, x) // (2 * draws)))
-    parts = [_slopes(vae, images, prior, draws) for images in passes]
+    passes = x.split(max(1, pairs_per_pass(vae, x) // (2 * _BETA_DRAWS)))
+    parts = [_slopes(vae, images, prior, _BETA_DRAWS) for images in passes]
     gain, rate, width, kl = (torch.cat(part) for part in zip(*parts, strict=True))
     slope = Estimate.mean_of(rate)
     is_flat = not abs(slope.mean) > max(_LEAST_SLOPE, _STDERRS * slope.stderr)

@@ -142,10 +142,10 @@ def adjust_p_values(p: Tensor) -> Tensor:
     return torch.empty_like(p).scatter_(0, order, (factors * ordered).clamp(max=1).cummax(0).values)
 
 
-def cumulative_band(num_simulations: int, num_draws: int, *, coverage: float = 0.95) -> tuple[Tensor, Tensor, Tensor]:
-    """A band that holds the whole distribution function of N uniform ranks with at least probability ``coverage``.
+def cumulative_band(num_simulations: int, num_draws: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A band that holds the whole distribution function of N uniform ranks with probability 0.95 or more.
 
-        |F_N(t) - t| <= sqrt(log(2 / (1 - coverage)) / (2 N)) for all t at once
+        |F_N(t) - t| <= sqrt(log(2 / 0.05) / (2 N)) for all t at once
 
     Returns:
         t, lower and upper, each (K - 1,): the bins' inner edges, and bounds on the share of ranks below them.
@@ -153,7 +153,7 @@ def cumulative_band(num_simulations: int, num_draws: int, *, coverage: float = 0
     Reference: Dvoretzky, Kiefer and Wolfowitz 1956; the constant: Massart 1990.
     """
     t = bin_edges(num_simulations, num_draws)[1:-1].double() / (num_draws + 1)
-    reach = math.sqrt(math.log(2 / (1 - coverage)) / (2 * num_simulations))
+    reach = math.sqrt(math.log(2 / (1 - 0.95)) / (2 * num_simulations))
     return t, (t - reach).clamp(min=0), (t + reach).clamp(max=1)
 
 

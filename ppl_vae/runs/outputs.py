@@ -61,14 +61,14 @@ def make_folder(path: Path, flag: str) -> None:
         raise ValueError(f"{flag}: {path} cannot be made: {error.strerror}") from None
 
 
-def make_parent(file: Path, flag: str = "--output") -> None:
+def make_parent(file: Path) -> None:
     """Makes the folder of a file before the work whose results go there.
 
     Raises ValueError for a folder in the file's place, and for a folder that cannot be made or written to.
     """
     if file.is_dir():
-        raise ValueError(f"{flag}: expected a file, got the folder {file}")
-    make_folder(file.parent, flag)
+        raise ValueError(f"--output: expected a file, got the folder {file}")
+    make_folder(file.parent, "--output")
     check_writable(file.parent)
 
 

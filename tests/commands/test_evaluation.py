@@ -18,7 +18,7 @@ from small_run import SMALL as SMALL_RUN
 from small_run import train_small
 
 from ppl_vae import data, load, runs, save
-from ppl_vae.commands.evaluate import binarization_entropy, estimate_independent_pixels, evaluate_run
+from ppl_vae.commands.evaluate import estimate_independent_pixels, evaluate_run
 from ppl_vae.commands.options import Evaluate, Figures
 from ppl_vae.commands.report import draw_run
 from ppl_vae.commands.train import resume_run
@@ -52,12 +52,6 @@ def test_the_floor_is_the_known_log_likelihood_of_independent_pixels(dataset):
     run = unfitted_run(Options(dataset=dataset), splits)
     found = estimate_independent_pixels(run, data.evaluation_images(splits, "test", run.binarization))
     assert found.mean == pytest.approx(FLOORS[dataset], abs=0.011)
-
-
-@pytest.mark.thorough
-def test_mnists_binarization_has_its_known_entropy():
-    found = binarization_entropy(unfitted_run(Options(), data.load("mnist")), "test", torch.arange(10_000))
-    assert found == pytest.approx(45.53, abs=0.006)
 
 
 def table(path: Path, array: np.ndarray) -> Path:

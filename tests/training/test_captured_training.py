@@ -13,8 +13,6 @@ import torch
 from capture_cases import (
     ESTIMATORS,
     NEVER_CLIP,
-    SHAPE,
-    TwoLayers,
     as_stored,
     copy_moments,
     copy_state,
@@ -24,7 +22,6 @@ from capture_cases import (
     make_vae,
     poison,
 )
-from grids import images_for
 from torch import nn
 from torch.testing import assert_close
 
@@ -32,28 +29,9 @@ from ppl_vae import VAE, Conditional
 from ppl_vae.parts.networks import MLP
 from ppl_vae.parts.posteriors import DiagonalNormal
 from ppl_vae.parts.priors import StandardNormal
-from ppl_vae.parts.registry import LIKELIHOODS
-from ppl_vae.runs.build import build_vae
-from ppl_vae.runs.options import PLAIN, Options
-from ppl_vae.runs.resolve import initialize_output_bias
 from ppl_vae.runtime import capture
 from ppl_vae.runtime.errors import NotFinite
 from ppl_vae.training import CapturedSteps, Optimizer, Resident, TrainingState
-
-
-@pytest.mark.thorough
-@pytest.mark.parametrize("likelihood", LIKELIHOODS)
-def test_every_likelihood_trains_as_one_graph_on_more_images_than_a_batch(graphs, likelihood):
-    """Before the first step all images are compared with its support, several batches of them at once."""
-    pyro.set_rng_seed(0)
-    vae = build_vae(Options(**PLAIN, likelihood=likelihood, network="mlp", hidden=(5,), latent_dim=3), SHAPE)
-    images = images_for(vae.likelihood.family, 30, dtype=torch.float)
-    initialize_output_bias(vae, images)
-    before = flat_weights(vae)
-    fit_captured(vae, images, epochs=1)
-    assert flat_weights(vae).isfinite().all()
-    assert not torch.equal(flat_weights(vae), before)
-    assert len(graphs) == 1
 
 
 def test_a_support_with_parameters_of_its_own_is_checked_on_its_batch_alone(graphs):
@@ -73,16 +51,6 @@ def test_a_support_with_parameters_of_its_own_is_checked_on_its_batch_alone(grap
     ).double()
     fit_captured(vae, make_images(), epochs=1)
     assert flat_weights(vae).isfinite().all()
-
-
-@pytest.mark.thorough
-def test_a_users_module_with_two_latent_sites_trains_as_it_does_eagerly(graphs):
-    ends = []
-    for compile in (True, False):
-        module = make_vae(TwoLayers)
-        fit_captured(module, make_images(), compile=compile)
-        ends.append(flat_weights(module))
-    assert_close(*ends, rtol=0, atol=1e-10)
 
 
 # --- Captured and eager training ---
@@ -149,16 +117,6 @@ def test_another_optimizer_trains_eagerly_with_a_warning_and_resumes_bit_for_bit
     (found, _), (expected, _) = copy_state(resumed), copy_state(end)
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
     assert any(name.endswith("/momentum_buffer") for name in expected)
-
-
-def test_adamw_trains_captured_as_it_does_eagerly(graphs):
-    ends = []
-    for compile in (True, False):
-        vae = make_vae()
-        fit_captured(vae, make_images(), compile=compile, factory=partial(torch.optim.AdamW, weight_decay=0.3))
-        ends.append(flat_weights(vae))
-    assert len(graphs) == 1
-    assert_close(*ends, rtol=0, atol=1e-10)
 
 
 # --- Exact resume ---

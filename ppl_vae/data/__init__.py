@@ -18,11 +18,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ppl_vae.data.array_files import *
-    from ppl_vae.data.missing import *
     from ppl_vae.data.sources import *
     from ppl_vae.data.splits import *
     from ppl_vae.data.storage import *
-    from ppl_vae.data.torch_dataset import *
     from ppl_vae.data.transforms import *
 
 
@@ -64,11 +62,9 @@ SPLITS = ("test", "validation", "train")
 
 _NAMES = {
     "array_files": "is_array_file",
-    "sources": "UserImages load load_images",
-    "missing": "fill_from_observed",
-    "splits": "BINARY COUNTS KINDS LEVELS NUM_LEVELS PROBABILITIES REAL UNIT_INTERVAL Splits subset",
+    "sources": "UserImages from_dataset load load_images",
+    "splits": "BINARY COUNTS KINDS LEVELS NUM_LEVELS PROBABILITIES REAL UNIT_INTERVAL Splits fill_from_observed subset",
     "storage": "allocate compute_sha256 is_mapped",
-    "torch_dataset": "from_dataset",
     "transforms": "PIXELS binarization_entropy clamp_to_unit_interval convert_to_float dequantize_uniformly "
     "describe_constant_columns evaluation_images expected_images find_repeats initialization_images map_images "
     "probabilities resolve_binarization sample_bernoulli scale_to_unit_interval training_images",

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ppl_vae.data import storage
-from ppl_vae.data.splits import pluralize
+from ppl_vae.runtime.errors import pluralize
 
 FREE_EXPANSION, MOST_EXPANSION = 2**26, 200
 _ADVICE = "save it as .npy, which is not read into memory"

@@ -13,7 +13,6 @@ import torch
 
 from ppl_vae.data import storage
 from ppl_vae.data.array_files import advise_array, find_roles, read_arrays, read_labels
-from ppl_vae.data.missing import FORBID, TRAIN, first_observed
 from ppl_vae.data.splits import (
     BINARY,
     COUNTS,
@@ -24,8 +23,8 @@ from ppl_vae.data.splits import (
     Splits,
     abbreviate,
     complete_splits,
-    pluralize,
 )
+from ppl_vae.runtime.errors import pluralize
 
 LARGEST_COUNT = 2**24  # single precision holds every whole number up to this one
 BLOCK = 2**23  # bytes that are read at once
@@ -34,7 +33,7 @@ _CONSTANT = 64 * np.finfo(np.float64).eps  # of the mean: what a constant that w
 _LARGEST_FLOAT = np.finfo(np.float32).max
 
 
-def load_arrays(path: Path, *, missing: str = FORBID) -> Splits:
+def load_arrays(path: Path, *, missing: str = "forbid") -> Splits:
     """Load the splits of an .npz or .npy file: (N, D), (N, H, W), (N, H, W, C) or (N, C, H, W), C = 1 or 3.
 
     The arrays are named train, valid, test (also x_train, train_images and the like), or there is one of any name.
@@ -47,7 +46,7 @@ def load_arrays(path: Path, *, missing: str = FORBID) -> Splits:
         status = os.stat(path)
         if path.suffix.lower() != ".npy" or status.st_size <= storage.LARGE:
             return storage.read_into_memory(_draft(path, missing))
-        words = {"array": "own"} | ({} if missing == FORBID else {"missing": missing})
+        words = {"array": "own"} | ({} if missing == "forbid" else {"missing": missing})
         key = storage.make_key(path, words, [status.st_size, status.st_mtime_ns])
         return storage.load_cached(key, path.name, lambda _: _draft(path, missing))
     except OSError as error:
@@ -63,9 +62,9 @@ def _draft(path: Path, missing: str) -> storage.Draft:
     given = {split: arrays[split] for split in SPLIT_ORDER if split in arrays}
     if any(array.ndim > 0 and len(array) == 0 for array in given.values()):
         raise ValueError(f"{path}: expected at least one image in every split, got an empty array")
-    floats = {split: array for split, array in given.items() if missing == TRAIN and array.dtype.kind == "f"}
+    floats = {split: array for split, array in given.items() if missing == "train" and array.dtype.kind == "f"}
     shares = {split: share for split, array in floats.items() if (share := float(np.isnan(array).mean()))}
-    kind = find_kind(path, given | {split: first_observed(given[split]) for split in shares})
+    kind = find_kind(path, given | {split: _first_observed(given[split]) for split in shares})
     images = {split: move_channels_first(path, split, array) for split, array in given.items()}
     shapes = {array.shape[1:] for array in images.values()}
     if len(shapes) > 1:
@@ -108,6 +107,17 @@ def _find_roles(names: list[str]) -> dict[str, str]:
 def _count_rows(array: np.ndarray) -> int:
     """Count the rows of a block."""
     return max(1, BLOCK * len(array) // max(1, array.nbytes))
+
+
+def _first_observed(array: np.ndarray) -> np.ndarray:
+    """Replace each NaN of an array (N, *E) by the first observed value of the same pixel, or of any."""
+    values = array.reshape(len(array), -1)
+    missing = np.isnan(values)
+    if not missing.any() or missing.all():
+        return array
+    first = np.take_along_axis(values, (~missing).argmax(0)[None], 0)
+    first = np.where(np.isnan(first), values[~missing][0], first)
+    return np.where(missing, first, values).reshape(array.shape)
 
 
 # --- The meaning of axes ---

@@ -22,7 +22,8 @@ from PIL import Image
 from torch import Tensor
 
 from ppl_vae.data.image_file import list_formats
-from ppl_vae.data.splits import abbreviate, pluralize
+from ppl_vae.data.splits import abbreviate
+from ppl_vae.runtime.errors import pluralize
 
 # --- Files ---
 

@@ -18,7 +18,8 @@ from PIL import Image, ImageOps
 from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
-from ppl_vae.data.splits import abbreviate, pluralize
+from ppl_vae.data.splits import abbreviate
+from ppl_vae.runtime.errors import pluralize
 
 MOST_PIXELS = 89_478_485  # Pillow's own limit, 256 MiB of red, green and blue; beyond it Pillow only warns
 MOST_BYTES = 2**30

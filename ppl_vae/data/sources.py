@@ -1,4 +1,4 @@
-"""Load a data set by its name or path, and further images for a trained model."""
+"""Load a data set by its name or path, further images for a trained model, and a torch dataset's images."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from ppl_vae.data import COLORS, DATASETS, FITS, MISSING, PROTOCOLS
 from ppl_vae.data.array_files import (
@@ -27,8 +28,7 @@ from ppl_vae.data.array_files import (
 from ppl_vae.data.arrays import load_arrays, summarize
 from ppl_vae.data.folder import ImageOptions, ImageReader, load_image_folder
 from ppl_vae.data.folder_layout import FoundFiles, find_images, find_layout, label_by_folder
-from ppl_vae.data.missing import FORBID, keep_missing
-from ppl_vae.data.splits import BINARY, COUNTS, LEVELS, PROBABILITIES, REAL, Splits, abbreviate
+from ppl_vae.data.splits import BINARY, COUNTS, LEVELS, PROBABILITIES, REAL, Splits, abbreviate, keep_missing
 from ppl_vae.data.transforms import is_drawn, sample_binomial
 
 _IWAE_DATASETS = ("mnist", "fashion-mnist", "kmnist")
@@ -42,7 +42,7 @@ def load(
     image_size: Sequence[int] | None = None,
     fit: str = "crop",
     color: str | None = None,
-    missing: str = FORBID,
+    missing: str = "forbid",
     download: bool = True,
 ) -> Splits:
     """Load a named data set, a user's .npz or .npy file, or a folder of images.
@@ -274,3 +274,44 @@ def _load_images_from_files(path: Path, splits: Splits, fit: str) -> UserImages:
             f"labels left out: expected folders of the classes of the training data, got {abbreviate(classes)}"
         )
     return UserImages(x, labels, tuple(reader.names), tuple(notes))
+
+
+# --- A torch.utils.data.Dataset ---
+
+
+def from_dataset(dataset: Dataset[Any] | DataLoader[Any]) -> Tensor:
+    """The images of a map-style dataset, (N, *E), in its order.
+
+    An item is an image or a tuple that begins with one, such as (image, label): a tensor, an array or a PIL image. A
+    PIL image becomes (C, H, W), in gray or color if it is black and white or has a palette. Each item is read once, so
+    a random transform of the dataset is drawn once; the argument ``transform`` of ``fit`` draws anew at every step. The
+    batch size, order and workers of a ``DataLoader`` are ignored.
+
+    >>> from_dataset(TensorDataset(torch.zeros(3, 1, 2, 2), torch.arange(3))).shape
+    torch.Size([3, 1, 2, 2])
+
+    Raises:
+        ValueError: The dataset has no length or no items, or its images differ in shape.
+    """
+    if isinstance(dataset, DataLoader):
+        dataset = dataset.dataset
+    count = len(dataset) if hasattr(dataset, "__len__") else 0
+    if count == 0:
+        raise ValueError(f"dataset: expected a length and at least one item, got none in {type(dataset).__name__}")
+    if isinstance(dataset, TensorDataset):
+        return dataset.tensors[0]
+    images = [_to_tensor(dataset[i]) for i in range(count)]
+    shapes = {tuple(image.shape) for image in images}
+    if len(shapes) > 1:
+        raise ValueError(f"dataset: expected images of one shape, got {', '.join(map(str, sorted(shapes)))}")
+    return torch.stack(images)
+
+
+def _to_tensor(item: Any) -> Tensor:
+    """The image of one item."""
+    image = item[0] if isinstance(item, tuple | list) else item
+    if hasattr(image, "getbands"):  # a PIL image
+        mode = {"1": "L", "P": "RGB"}.get(image.mode, image.mode)
+        levels = torch.from_numpy(np.array(image.convert(mode)))
+        return levels[None] if levels.dim() == 2 else levels.permute(2, 0, 1)
+    return torch.as_tensor(image)

@@ -1,8 +1,8 @@
-"""A data set that has been read: its splits, their kind, their labels, and fixed subsets."""
+"""A data set that has been read: its splits, their kind, labels and missing pixels, and fixed subsets."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppl_vae.data.missing import fill_from_observed
+from ppl_vae.runtime.errors import pluralize
 from ppl_vae.runtime.numerics import location_and_spread
 
 BINARY, LEVELS, PROBABILITIES, REAL, COUNTS = "binary", "8-bit levels", "probabilities", "real values", "counts"
@@ -95,11 +95,6 @@ class Splits:
         return f" from {low:{digits}} to {high:{digits}}" + levels * bool(whole)
 
 
-def pluralize(count: int, what: str) -> str:
-    """Write a count with its noun: 1 file, 2 files."""
-    return f"{count:,} {what}" + "s" * (count != 1)
-
-
 def abbreviate(names: Iterable[str]) -> str:
     """Join the first five names, and say how many more there are."""
     names = list(names)
@@ -149,3 +144,32 @@ def subset(num_images: int, most: int | None) -> Tensor:
         return torch.arange(num_images)
     order = np.random.RandomState(PUBLISHED_SEED).permutation(num_images)  # a frozen stream
     return torch.from_numpy(np.sort(order[:most]))
+
+
+# --- Missing pixels, which are NaN in images of floats ---
+
+
+def fill_from_observed(x: Tensor) -> Tensor:
+    """Replace each NaN of x (N, *E) by an observed value of the same pixel, drawn from the images: marginals stay.
+
+    A pixel that no image has observed becomes the mean of all that are.
+    """
+    if not x.is_floating_point() or not any(part.isnan().any() for part in x.split(1000)):
+        return x
+    values = x.reshape(len(x), -1)
+    missing = values.isnan()
+    generator = torch.Generator().manual_seed(0)
+    filled = values.clone()
+    for pixels in torch.arange(values.shape[1]).split(max(1, 2**22 // len(x))):
+        holes, counts = missing[:, pixels], (~missing[:, pixels]).sum(0)
+        # The observed images of each pixel come first, and one of them is drawn for each hole.
+        u = torch.rand(2, *holes.shape, generator=generator).to(x.device)
+        drawn = torch.where(holes, 2.0, u[0]).argsort(0).gather(0, (u[1] * counts).long().clamp(max=len(x) - 1))
+        filled[:, pixels] = torch.where(holes, values[:, pixels].gather(0, drawn), values[:, pixels])
+    return torch.where(filled.isnan(), values.nanmean().nan_to_num(0.0), filled).reshape(x.shape)
+
+
+def keep_missing(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """function(x) for a pixelwise function that has no NaN; a NaN of x, of any shape, stays."""
+    missing = x.isnan()
+    return torch.where(missing, torch.nan, function(x.nan_to_num(0.0))) if missing.any() else function(x)

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from ppl_vae.data import BINARIZATIONS, SPLITS
-from ppl_vae.data.missing import fill_from_observed, keep_missing
 from ppl_vae.data.splits import (
     BINARY,
     COUNTS,
@@ -26,10 +25,12 @@ from ppl_vae.data.splits import (
     REAL,
     Splits,
     abbreviate,
-    pluralize,
+    fill_from_observed,
+    keep_missing,
     subset,
 )
 from ppl_vae.data.storage import allocate
+from ppl_vae.runtime.errors import pluralize
 
 PIXELS = (*BINARIZATIONS, "levels", "dequantized")
 

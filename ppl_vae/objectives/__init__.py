@@ -2,8 +2,7 @@
 
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 
-from ppl_vae.objectives.enumerated import EnumeratedELBO
-from ppl_vae.objectives.importance import IWAE, STL, DReG
+from ppl_vae.objectives.importance import IWAE, STL, DReG, EnumeratedELBO
 from ppl_vae.objectives.tempered import FreeBits, Loss, Temper, autocast, elbo, loss_of_batch, loss_per_image
 
 __all__ = [

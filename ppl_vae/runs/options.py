@@ -330,12 +330,3 @@ def default_objective(options: Options) -> str:
     Without the score a flow guide is inverted at every step: an autoregressive one took 6.6 times as long.
     """
     return "elbo" if options.kl == "analytic" or options.posterior in ("delta", "flow") else "stl"
-
-
-# A graph compiles in about 10 s, and each run of it saves some milliseconds.
-_RUNS_THAT_PAY = 5000
-
-
-def compiling_pays(runs: int) -> bool:
-    """Whether ``--compile auto`` compiles a graph that will run that often."""
-    return runs >= _RUNS_THAT_PAY

@@ -20,13 +20,16 @@ from ppl_vae.parts.registry import OBJECTIVES, SCHEDULES
 from ppl_vae.protocols import Likelihood
 from ppl_vae.runs.build import build_likelihood, check_parts, is_autoencoder, resolve_parts
 from ppl_vae.runs.files import JsonObject
-from ppl_vae.runs.options import Options, compiling_pays, default_objective
+from ppl_vae.runs.options import Options, default_objective
 from ppl_vae.runtime import capture
 from ppl_vae.runtime.global_state import serialize_threads
 from ppl_vae.runtime.records import Data
 from ppl_vae.training import Optimizer, Schedule, Validation
 from ppl_vae.training.settings import default_warmup
 from ppl_vae.vae import VAE
+
+# A graph compiles in about 10 s, and each run of it saves some milliseconds.
+_RUNS_THAT_PAY = 5000
 
 
 def build_objective(options: Options) -> objectives.Loss:
@@ -126,12 +129,12 @@ def decide_compile(word: str, num_runs: int, place: torch.device) -> bool:
     """Whether a graph that will run this many times is compiled, by the word of --compile."""
     if word == "on":
         check_compiler(place)
-    return word == "on" or (word == "auto" and compiling_pays(num_runs) and capture.capture_obstacle(place) is None)
+    return word == "on" or (word == "auto" and num_runs >= _RUNS_THAT_PAY and capture.capture_obstacle(place) is None)
 
 
 def explain_eager(options: Options, num_images: int) -> str | None:
     """Why ``--compile auto`` became off although compiling would pay; None otherwise."""
-    pays = options.compile == "off" and compiling_pays(count_steps(options, num_images))
+    pays = options.compile == "off" and count_steps(options, num_images) >= _RUNS_THAT_PAY
     return capture.capture_obstacle(find_device(options.device)) if pays else None
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from ppl_vae.runtime import ranks as distributed
-from ppl_vae.runtime.errors import is_out_of_memory
+from ppl_vae.runtime.errors import is_out_of_memory, pluralize
 from ppl_vae.runtime.records import Data, arguments_of, images_of
 
 Result = TypeVar("Result")
@@ -150,9 +150,7 @@ class BatchSize:
             else:
                 word, before, self.images = "image", self.images, self.images // 2
             if self._say is not None:
-                self._say(
-                    f"Out of memory with {describe_count(before, word)} at once: continuing with {before // 2:,}."
-                )
+                self._say(f"Out of memory with {pluralize(before, word)} at once: continuing with {before // 2:,}.")
                 self._say = None
 
 
@@ -162,11 +160,6 @@ def release(device: torch.device) -> None:
     if device.type == "cuda":
         with torch.cuda.device(device):
             torch.cuda.empty_cache()
-
-
-def describe_count(number: int, word: str) -> str:
-    """The number with its noun, such as "1,000 images"."""
-    return f"{number:,} {word}{'s' * (number != 1)}"
 
 
 # --- Blocks ---

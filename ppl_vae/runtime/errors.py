@@ -1,4 +1,4 @@
-"""The errors of this package, and checks of arguments. It imports the standard library only."""
+"""The errors of this package, checks of arguments, and counts in words. It imports the standard library only."""
 
 from __future__ import annotations
 
@@ -96,3 +96,8 @@ def check_widths(name: str, value: object) -> tuple[int, ...]:
     except TypeError:
         raise ValueError(f"{name}: expected a whole number or a sequence of them, got {value!r}") from None
     return tuple(check_count(name, width) for width in widths)
+
+
+def pluralize(count: int, what: str) -> str:
+    """Write a count with its noun: 1 file, 2 files."""
+    return f"{count:,} {what}" + "s" * (count != 1)

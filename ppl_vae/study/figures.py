@@ -20,11 +20,6 @@ _NEAR = 3.0  # nats below the best bound that its figure shows
 _APART = 0.06  # of the axes' lengths, between points with a label
 
 
-def draw_figures(study: StudyNumbers) -> dict[str, Figure]:
-    """Every figure of the study, by name."""
-    return {name: draw(study) for name, draw in _FIGURES.items()}
-
-
 def _make_panels(study: StudyNumbers, *, height: float = 3.6) -> tuple[Figure, dict[str, Axes]]:
     """A figure with one panel for each data set, and its panels."""
     figure = Figure(figsize=(9.0, height), layout="constrained")
@@ -125,7 +120,7 @@ def draw_active(study: StudyNumbers) -> Figure:
     return figure
 
 
-_FIGURES: dict[str, Callable[[StudyNumbers], Figure]] = {
+FIGURES: dict[str, Callable[[StudyNumbers], Figure]] = {
     "active": draw_active,
     "rate-distortion": draw_rate_distortion,
     "bounds": draw_bounds,

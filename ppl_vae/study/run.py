@@ -20,9 +20,15 @@ from ppl_vae.runs.outputs import make_output_folder, write_figure
 from ppl_vae.runs.results import is_evaluated, read_evaluation, to_json
 from ppl_vae.runtime.errors import Interrupted
 from ppl_vae.runtime.process import progress_bar
-from ppl_vae.study.data import MOST_TRAINING_IMAGES, StudyData, load_study_data, write_strip
-from ppl_vae.study.figures import draw_figures
-from ppl_vae.study.measure import compare_bounds, measure_run
+from ppl_vae.study.figures import FIGURES
+from ppl_vae.study.measure import (
+    MOST_TRAINING_IMAGES,
+    StudyData,
+    compare_bounds,
+    load_study_data,
+    measure_run,
+    write_strip,
+)
 from ppl_vae.study.plan import DEFAULT, QUICK, Planned, Size, base, name_run, plan, sweep_name
 from ppl_vae.study.questions import EXPLANATIONS, PageSource, format_mean
 from ppl_vae.study.results import RUNS, STUDY, DataNumbers, RunNumbers, StudyNumbers, read_study
@@ -136,12 +142,13 @@ def _train_and_measure(folder: Path, planned: Sequence[Planned], loaded: LoadedD
         """The run's folder holds what is said of it."""
 
     found = {}
-    finished = {each.name for each in planned if is_finished(folder / RUNS / each.name)}
+    places = {each.name: folder / RUNS / each.name for each in planned}
+    finished = {name for name, place in places.items() if (place / runs.MODEL).exists() and is_evaluated(place)}
     with progress_bar(total=len(planned), initial=len(finished), unit="run", desc="study") as bar:
         for each in planned:
             bar.set_description(each.name)
             if each.name not in finished:
-                train_or_resume(folder / RUNS / each.name, each.options, None, say=keep_quiet, draw=False)
+                train_or_resume(places[each.name], each.options, None, say=keep_quiet, draw=False)
             run = found[each.name] = measure_run(each, folder, loaded[each.dataset])
             if each.name not in finished:
                 numbers = {"reconstruction": run.reconstruction, "KL": run.kl, "L_S": run.log_likelihood}
@@ -149,11 +156,6 @@ def _train_and_measure(folder: Path, planned: Sequence[Planned], loaded: LoadedD
                 say(f"{run.name}: {', '.join(words)} nats")
                 bar.update()
     return found
-
-
-def is_finished(run_dir: Path) -> bool:
-    """Whether a run was trained to the end and evaluated, which comes last."""
-    return (run_dir / runs.MODEL).exists() and is_evaluated(run_dir)
 
 
 def _assemble_numbers(
@@ -208,8 +210,8 @@ def write_report(folder: Path) -> Path:
     """
     study = read_study(folder)
     (folder / runs.FIGURES).mkdir(exist_ok=True)
-    for name, figure in draw_figures(study).items():
-        write_figure(folder / runs.FIGURES / f"{name}.png", figure)
+    for name, draw in FIGURES.items():
+        write_figure(folder / runs.FIGURES / f"{name}.png", draw(study))
     runs.write_bytes(folder / "report.html", compose_page(study, folder).encode())
     return folder / "report.html"
 

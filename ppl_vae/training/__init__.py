@@ -3,8 +3,7 @@
 from ppl_vae.training.loop import TrainingStopped, epoch_batches, fit
 from ppl_vae.training.settings import VALIDATION_SEED, Callbacks, Optimizer, Schedule, Validation
 from ppl_vae.training.state import TrainingState
-from ppl_vae.training.steps import CapturedSteps, EagerSteps
-from ppl_vae.training.streaming import Resident, Streamed, exceeds_memory
+from ppl_vae.training.steps import CapturedSteps, EagerSteps, Resident, Streamed, exceeds_memory
 
 __all__ = [
     "VALIDATION_SEED",

@@ -37,8 +37,7 @@ from ppl_vae.training.checks import (
 )
 from ppl_vae.training.settings import Callbacks, Optimizer, Schedule, Validation, validate
 from ppl_vae.training.state import TrainingState
-from ppl_vae.training.steps import CapturedSteps, EagerSteps, Requests
-from ppl_vae.training.streaming import Resident, Streamed
+from ppl_vae.training.steps import CapturedSteps, EagerSteps, Requests, Resident, Streamed
 
 
 class TrainingStopped(Exception):

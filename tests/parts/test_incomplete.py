@@ -20,7 +20,7 @@ from ppl_vae import VAE, Conditional, fit, importance, log_evidence, log_weights
 from ppl_vae.commands.latents import impute_images
 from ppl_vae.commands.options import Impute
 from ppl_vae.data.arrays import load_arrays
-from ppl_vae.data.missing import fill_from_observed
+from ppl_vae.data.splits import fill_from_observed
 from ppl_vae.evidence.missing import Observed, impute
 from ppl_vae.objectives import IWAE
 from ppl_vae.parts.incomplete import IncompleteVAE, ZeroFilled

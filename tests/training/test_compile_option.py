@@ -36,7 +36,7 @@ def no_compiler(monkeypatch):
 
 @pytest.fixture
 def always_pays(monkeypatch):
-    monkeypatch.setattr("ppl_vae.runs.options._RUNS_THAT_PAY", 1)
+    monkeypatch.setattr("ppl_vae.runs.resolve._RUNS_THAT_PAY", 1)
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from ppl_vae.parts.networks import MLP
 from ppl_vae.parts.posteriors import DiagonalNormal
 from ppl_vae.parts.priors import StandardNormal
 from ppl_vae.runtime.errors import NotFinite
-from ppl_vae.training import Streamed, exceeds_memory, streaming
+from ppl_vae.training import Streamed, exceeds_memory, steps
 
 CPU = torch.device("cpu")
 
@@ -176,8 +176,8 @@ def test_a_failure_is_told_with_its_own_images(compile: bool) -> None:
 def test_a_mapped_file_larger_than_half_the_memory_streams(
     monkeypatch: pytest.MonkeyPatch, available: int, expected: bool
 ) -> None:
-    monkeypatch.setattr(streaming, "is_mapped", lambda tensor: True)
-    monkeypatch.setattr(streaming, "get_available_memory", lambda: available)
+    monkeypatch.setattr(steps, "is_mapped", lambda tensor: True)
+    monkeypatch.setattr(steps, "get_available_memory", lambda: available)
     assert exceeds_memory(levels(), CPU) is expected
 
 

@@ -63,9 +63,9 @@ def _likelihood(run: Run, step: int) -> list[str]:
     if entry is None or entry.step != step:
         return [page.text(text.describe_missing_evaluation(run))]
     keys = ("reconstruction",) if entry.log_likelihood is None else tuple(text.EVALUATION_ROWS)
+    names = {"log_likelihood": f"log p(x): L_{entry.num_particles}", "elbo": "ELBO", "kl": "KL"}
     rows = [
-        [text.evaluation_row_name(entry, key), true_minus(plus_minus(getattr(entry, key))), text.EVALUATION_ROWS[key]]
-        for key in keys
+        [names.get(key, key), true_minus(plus_minus(getattr(entry, key))), text.EVALUATION_ROWS[key]] for key in keys
     ]
     caption = text.EVALUATION_CAPTION.format(num_images=entry.num_images)
     highlight = None if is_autoencoder(run.options) else 0

@@ -8,7 +8,6 @@ from __future__ import annotations
 from ppl_vae.diagnostics.measurement import FEWEST_IMAGES
 from ppl_vae.runs.build import is_autoencoder
 from ppl_vae.runs.open import Run
-from ppl_vae.runs.results import Evaluation
 
 # --- Titles of figures ---
 
@@ -163,12 +162,6 @@ EVALUATION_ROWS = {
     "reconstruction": "log p(x | z) with z drawn from the guide: how well the code's image fits",
     "kl": "KL(q(z | x) || p(z)): what the code costs: an upper bound on what it tells about the image, on average",
 }
-
-
-def evaluation_row_name(found: Evaluation, field: str) -> str:
-    """The heading of a row of the page's table of an evaluation."""
-    names = {"log_likelihood": f"log p(x): L_{found.num_particles}", "elbo": "ELBO", "kl": "KL"}
-    return names.get(field, field)
 
 
 # --- The study's page ---

@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 from ppl_vae import data, runs
 from ppl_vae.data import SPLITS
-from ppl_vae.data.splits import pluralize
 from ppl_vae.reports.text.evaluation import describe_certificate, describe_evaluation
 from ppl_vae.runs.build import build_likelihood, count_weights, is_autoencoder
 from ppl_vae.runs.certificates import CERTIFICATE, Certificate
@@ -26,6 +25,7 @@ from ppl_vae.runs.open import Run
 from ppl_vae.runs.options import Options
 from ppl_vae.runs.resolve import validation_particles
 from ppl_vae.runs.results import Evaluation, from_json
+from ppl_vae.runtime.errors import pluralize
 from ppl_vae.runtime.numerics import mean_and_variance
 from ppl_vae.training import TrainingState
 

@@ -7,8 +7,11 @@ import signal
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; child processes inherit it
 
+import pyro
 import pytest
 from browser import chromium  # noqa: F401, a fixture, of which one process can start one
+from disturbed_runs import served
+from oracles import LinearGaussian
 
 from ppl_vae.runtime import capture
 
@@ -46,6 +49,26 @@ def cache_folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PPL_VAE_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture
+def oracle():
+    """A linear Gaussian model, whose posterior and evidence are known."""
+    return LinearGaussian.random()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """Starts scripts in processes of their own, which it forks."""
+    yield from served(tmp_path_factory.mktemp("server"))
+
+
+@pytest.fixture
+def clean_store():
+    """Pyro's store of parameters, empty before and after."""
+    pyro.clear_param_store()
+    yield
+    pyro.clear_param_store()
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -49,3 +49,9 @@ def silent(line: str) -> None:
 def train_small(folder: Path, options: Options, *, say: Callable[[str], None] = silent, draw: bool = False) -> Path:
     """Trains, without figures unless they are asked for: they take most of the time. Returns the run's folder."""
     return train_run(options, str(folder), say=say, draw=draw)
+
+
+def contents(folder: Path, *, but: Sequence[str] = ()) -> dict[str, bytes]:
+    """Every file below a folder, apart from those of these names."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name not in but]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}

@@ -7,21 +7,15 @@ import random
 import shutil
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from disturbed_runs import SMALL, Server, left_behind, served, small_data
+from disturbed_runs import SMALL, Server, left_behind, small_data
 from killed_runs import TRAIN, Kills, kill_runs, killed_and_resumed
 from small_study import save_gray_bars, without_times
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="commands are forked")
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    yield from served(tmp_path_factory.mktemp("server"))
 
 
 def test_a_few_kills_of_training_and_evaluation_change_nothing(server: Server, tmp_path: Path) -> None:

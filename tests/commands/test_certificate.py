@@ -15,7 +15,7 @@ import pytest
 import torch
 from oracles import quadrature_log_evidence
 from safetensors.torch import load_file
-from small_run import SMALL, save_bars, train_small
+from small_run import SMALL, contents, save_bars, train_small
 
 from ppl_vae import data, load, runs
 from ppl_vae.commands import certificate_stages as stages
@@ -236,10 +236,6 @@ def test_a_compiled_certificate_has_the_same_numbers(copy: Path, tmp_path: Path,
 
 
 # --- What is refused, before the work ---
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def refused(folder: Path, words: str, **options: Any) -> None:

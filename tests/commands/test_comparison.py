@@ -13,7 +13,7 @@ import torch
 from oracles import LinearGaussian
 from scipy import stats
 from small_run import SMALL as SMALL_RUN
-from small_run import train_small
+from small_run import contents, train_small
 
 from ppl_vae import data, runs
 from ppl_vae.commands import compare_runs as comparison
@@ -210,10 +210,6 @@ def no_evaluation(monkeypatch):
     monkeypatch.setattr(comparison, "evaluate_images", evaluated)
 
 
-def _contents(folder):
-    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def test_the_stored_numbers_of_each_image_give_the_difference(folders, tmp_path):
     entry, _ = _compare(folders, ["a", "b"], tmp_path / "out")
     tensors, scalars = runs.load_tensors(tmp_path / "out" / "comparison.safetensors")
@@ -238,9 +234,9 @@ def test_stored_evaluations_of_another_kind_are_not_taken(folders, tmp_path, cha
 
 
 def test_the_run_folders_are_left_as_they_are(folders, tmp_path):
-    before = [_contents(folders[name]) for name in ("a", "b")]
+    before = [contents(folders[name]) for name in ("a", "b")]
     _compare(folders, ["a", "b"], tmp_path / "out", num_particles=7, images=None)
-    assert [_contents(folders[name]) for name in ("a", "b")] == before
+    assert [contents(folders[name]) for name in ("a", "b")] == before
 
 
 def test_a_copy_of_a_run_draws_the_same_noise_and_differs_by_nothing(folders, tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_run import silent
+from small_run import contents, silent
 
 from ppl_vae import data, load, runs, save
 from ppl_vae.commands.cli import parse
@@ -30,10 +30,6 @@ ROOT = Path(__file__).parents[2]
 OPTIONS = Options(network="mlp", hidden=(8,), latent_dim=2)
 ASKED = {"split": "test", "num_particles": 10, "images": 30, "device": "cpu", "seed": 0}
 SHIPPED = sorted(path.parent for path in (ROOT / "ppl_vae" / "pretrained").glob("*/config.json"))
-
-
-def contents(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +120,7 @@ def test_its_weights_are_taken_by_its_name_from_python(shipped):
 
 @pytest.mark.parametrize("folder", SHIPPED, ids=lambda folder: folder.name)
 def test_a_shipped_run_is_whole_and_evaluated_on_the_whole_test_set(folder):
-    assert sorted(contents(folder)) == [Path("config.json"), Path("evaluation.json"), Path("model.safetensors")]
+    assert sorted(contents(folder)) == ["config.json", "evaluation.json", "model.safetensors"]
     entry = json.loads((folder / runs.EVALUATION).read_text())["test"]
     options, _ = read_config(folder)
     assert (entry["num_images"], entry["num_particles"]) == (10_000, 5000)

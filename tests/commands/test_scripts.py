@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from disturbed_runs import ENVIRONMENT, SCRIPTS, Done, Server, served, without_times
+from disturbed_runs import ENVIRONMENT, SCRIPTS, Done, Server, without_times
 from matplotlib.image import imread
+from small_run import contents
 
 import ppl_vae
 from ppl_vae import data
@@ -51,11 +52,6 @@ def run_alone(script: str, *words: object, cwd: Path) -> Done:
         timeout=300,
     )
     return Done(done.returncode, done.stdout, done.stderr)
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    yield from served(tmp_path_factory.mktemp("server"))
 
 
 @pytest.fixture(scope="module")
@@ -107,12 +103,6 @@ def read(path: Path) -> Any:
 
 def records(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def contents(folder: Path, *, but: Sequence[str] = ()) -> dict[str, bytes]:
-    """Every file below a folder."""
-    paths = [path for path in folder.rglob("*") if path.is_file() and path.name not in but]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 def pictures(folder: Path) -> dict[str, np.ndarray]:

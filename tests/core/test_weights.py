@@ -9,7 +9,6 @@ import pyro.distributions as dist
 import pytest
 import torch
 from grids import LIKELIHOODS_AND_NETWORKS, images_for
-from oracles import LinearGaussian
 from pyro import poutine
 from torch.testing import assert_close
 
@@ -18,11 +17,6 @@ from ppl_vae.objectives import Temper
 from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.options import PLAIN, Options
 from ppl_vae.weights import log_weight_terms
-
-
-@pytest.fixture
-def oracle():
-    return LinearGaussian.random()
 
 
 @pytest.mark.parametrize("num_particles", [1, 2, 7])

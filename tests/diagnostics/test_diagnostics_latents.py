@@ -22,11 +22,6 @@ from ppl_vae.runtime.global_state import seeded
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def oracle():
-    return LinearGaussian.random()
-
-
 def guided(loc, scale, *, posterior=None, prior=None):
     """A VAE whose guide puts image n, x = (n), at loc[n] with scale[n], and whose decoder ignores z."""
     loc, scale = torch.as_tensor(loc).double(), torch.as_tensor(scale).double()

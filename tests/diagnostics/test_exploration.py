@@ -10,7 +10,6 @@ import pytest
 import scipy.integrate
 import scipy.stats
 import torch
-from oracles import LinearGaussian
 from torch.testing import assert_close
 
 from ppl_vae.diagnostics.pictures import (
@@ -18,11 +17,6 @@ from ppl_vae.diagnostics.pictures import (
     latent_quantiles,
 )
 from ppl_vae.evidence.moments import compute_moments, encode
-
-
-@pytest.fixture
-def oracle():
-    return LinearGaussian.random()
 
 
 @pytest.fixture

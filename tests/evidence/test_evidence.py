@@ -22,11 +22,6 @@ from ppl_vae.parts.priors import StandardNormal
 from ppl_vae.runtime.errors import NotFinite
 
 
-@pytest.fixture
-def oracle():
-    return LinearGaussian.random()
-
-
 @pytest.mark.parametrize("num_particles", [1, 3, 50])
 @pytest.mark.parametrize("chunk", [None, 1, 7])
 def test_the_exact_posterior_gives_the_evidence_for_every_number_of_particles(oracle, num_particles, chunk):

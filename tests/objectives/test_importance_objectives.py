@@ -13,7 +13,6 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from oracles import LinearGaussian
 from pyro.distributions.testing.fakes import NonreparameterizedNormal
 from pyro.distributions.torch_transform import TransformModule
 from torch import nn
@@ -26,11 +25,6 @@ from ppl_vae.runs.options import Options
 
 OBJECTIVES = {"iwae": per_image.iwae, "dreg": per_image.dreg, "stl": per_image.stl}
 BETAS = (0.0, 0.4, 1.0, 3.0)
-
-
-@pytest.fixture
-def oracle():
-    return LinearGaussian.random()
 
 
 def _log_normal(value, loc, scale):

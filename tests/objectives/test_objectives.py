@@ -28,11 +28,6 @@ KLS = {"sampled": Trace_ELBO, "analytic": TraceMeanField_ELBO}
 BETAS = (0.0, 0.3, 1.0, 4.0)
 
 
-@pytest.fixture
-def oracle():
-    return LinearGaussian.random()
-
-
 def _mean_and_error(vae, x, *, repeats=60, **options):
     torch.manual_seed(0)
     losses = torch.stack([per_image.elbo(vae.model, vae.guide, x, **options).detach() for _ in range(repeats)])

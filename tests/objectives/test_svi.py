@@ -30,11 +30,7 @@ LOSSES = {
 IMAGES = torch.bernoulli(torch.full((6, 1, 4, 4), 0.4), generator=torch.Generator().manual_seed(0)).double()
 
 
-@pytest.fixture(autouse=True)
-def _clean_store():
-    pyro.clear_param_store()
-    yield
-    pyro.clear_param_store()
+pytestmark = pytest.mark.usefixtures("clean_store")
 
 
 def _vae(**options) -> VAE:

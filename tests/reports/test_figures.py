@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
-from small_run import SMALL, save_bars, train_small
+from small_run import SMALL, contents, save_bars, train_small
 
 from ppl_vae import data, load, log_weights, runs
 from ppl_vae.commands.options import Figures
@@ -63,10 +63,6 @@ def draw(run) -> Figure:
             return figures._FIGURES[name][1](scene)
 
     return figure
-
-
-def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def splits_of(shape, *, num_test=5, kind=data.BINARY):

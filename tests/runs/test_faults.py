@@ -32,10 +32,10 @@ from disturbed_runs import (
     flip,
     left_behind,
     numbers_of,
-    served,
     small_data,
     truncate,
 )
+from small_run import contents
 
 from ppl_vae import load, runs
 
@@ -47,11 +47,6 @@ pytestmark = [
 TRAIN, EVALUATE, FIGURES = "train_svi.py", "evaluate_log_likelihood.py", "make_figures.py"
 FILES = (CONFIG, ENVIRONMENT_FILE, METRICS, MODEL, STATE, PREVIOUS, EVALUATION, PER_IMAGE)
 HAS_DIGEST = (MODEL, STATE, PREVIOUS, PER_IMAGE)  # in the other files, people may change a number
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    yield from served(tmp_path_factory.mktemp("server"))
 
 
 @pytest.fixture(scope="module")
@@ -313,10 +308,6 @@ def hostile(folder: Path, **options: Any) -> None:
     (folder / CONFIG).write_text(json.dumps(config))
 
 
-def everything_below(folder: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 @pytest.mark.parametrize(
     "name",
     [MODEL, METRICS, *(pytest.param(name, marks=pytest.mark.slow) for name in FILES if name not in (MODEL, METRICS))],
@@ -329,11 +320,11 @@ def test_a_link_out_of_the_folder_is_replaced_and_not_followed(
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "precious").write_bytes((copy / name).read_bytes())
-    before = everything_below(outside)
+    before = contents(outside)
     link = copy / (f".{name}.partial" if sign else name)
     link.unlink(missing_ok=True)
     link.symlink_to(outside / "precious")
     done = server.run(TRAIN, "--resume", copy, "--epochs", "3")
     assert done.code == 0, done
-    assert everything_below(outside) == before
+    assert contents(outside) == before
     assert not (copy / name).is_symlink() or name == CONFIG

@@ -12,18 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from disturbed_runs import KILL, SMALL, STATE, Running, Server, end, held_elsewhere, served, small_data
+from disturbed_runs import KILL, SMALL, STATE, Running, Server, end, held_elsewhere, small_data
 
 from ppl_vae import runs
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="commands are forked")
 
 TRAIN = "train_svi.py"
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    yield from served(tmp_path_factory.mktemp("server"))
 
 
 @pytest.fixture(scope="module")

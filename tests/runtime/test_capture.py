@@ -74,13 +74,6 @@ REFUSED_PROGRAMS = {
 }
 
 
-@pytest.fixture
-def clean_store():
-    pyro.clear_param_store()
-    yield
-    pyro.clear_param_store()
-
-
 @pytest.mark.parametrize("what", REFUSED_PROGRAMS)
 def test_a_program_that_no_graph_can_hold_is_refused_with_its_weights_untouched(graphs, clean_store, what):
     kind, reason = REFUSED_PROGRAMS[what]

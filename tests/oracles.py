@@ -145,3 +145,30 @@ def quadrature_log_evidence(vae: VAE, x: Tensor, *, latent_dim: int, points: int
         rate = vae.likelihood.net(grid).sigmoid()
     log_p = x @ rate.log().T + (1 - x) @ (1 - rate).log().T
     return (log_p + log_weight).logsumexp(-1)
+
+
+# --- Densities over one or two latents ---
+
+
+def quadrature_grid(p: dist.TorchDistribution, *, points: int) -> tuple[Tensor, Tensor]:
+    """Points z (points^L, L) that reach half as far again as many draws, and the volume that each stands for."""
+    torch.manual_seed(3)
+    draws = p.sample((20_000,))
+    middle, radius = draws.mean(0), 1.5 * (draws - draws.mean(0)).abs().amax(0)
+    nodes = [torch.linspace(-1, 1, points, dtype=torch.double)] * len(middle)
+    return middle + radius * torch.cartesian_prod(*nodes).reshape(-1, len(middle)), (2 * radius / (points - 1)).prod()
+
+
+def draws_have_the_moments_of_the_density(p: dist.TorchDistribution, *, points: int) -> bool:
+    """Whether six expectations of 50,000 draws of z (L,), L 1 or 2, are those by quadrature, in standard errors."""
+
+    def functions(z: Tensor) -> Tensor:
+        a, b = z[..., 0], z[..., -1]
+        return torch.stack([a, b, a * b, a.square(), (2 * b).cos(), (a - 2 * b).sin().abs()], dim=-1)
+
+    z, cell = quadrature_grid(p, points=points)
+    exact = (p.log_prob(z).exp()[:, None] * functions(z)).sum(0) * cell
+    torch.manual_seed(0)
+    found = functions(p.sample((50_000,)))
+    stderr = found.std(0) / math.sqrt(len(found))
+    return bool(((found.mean(0) - exact).abs() <= 4.5 * stderr + 1e-3 * exact.abs()).all())

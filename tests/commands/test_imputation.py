@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_run import SMALL, bars, save_bars, train_small
+from small_run import SMALL, bars, exact_log_p, save_bars, train_small
 
 from ppl_vae import load
 from ppl_vae.commands.latents import encode_images, hide_half, impute_images, read_mask
@@ -64,19 +64,6 @@ def images(tmp_path):
         return tmp_path / name
 
     return save
-
-
-def exact_log_p(folder, x):
-    """(N,) log p of the pixels (N, D) that are no NaN, by the trapezoidal rule over the two latents' plane."""
-    nodes = torch.linspace(-8, 8, 321)
-    z = torch.cartesian_prod(nodes, nodes)
-    with torch.no_grad():
-        logits = load(folder).likelihood.net(z).double()
-    x = torch.as_tensor(x, dtype=torch.double).flatten(1)
-    white, black = (x == 1).double(), (x == 0).double()  # neither of a NaN
-    log_p = white @ torch.nn.functional.logsigmoid(logits).T + black @ torch.nn.functional.logsigmoid(-logits).T
-    log_prior = -z.square().sum(1).double() / 2 - math.log(2 * math.pi)
-    return (log_p + log_prior + 2 * math.log(0.05)).logsumexp(1).numpy()
 
 
 # --- The numbers ---

@@ -13,7 +13,7 @@ import pytest
 import torch
 from capture_cases import copy_state
 from fitting import fit
-from oracles import bernoulli_vae
+from oracles import bernoulli_vae, draws_have_the_moments_of_the_density, quadrature_grid
 from random_weights import at_random
 from safetensors.torch import load_file, save_file
 from scipy.special import logsumexp
@@ -74,15 +74,6 @@ def _images(num_images=30):
     return torch.bernoulli(rates, generator=torch.Generator().manual_seed(0))
 
 
-def _grid(p, *, points):
-    """Points z (points^L, L) that reach half as far again as many draws, and the volume that each stands for."""
-    torch.manual_seed(3)
-    draws = p.sample((20_000,))
-    middle, radius = draws.mean(0), 1.5 * (draws - draws.mean(0)).abs().amax(0)
-    nodes = [torch.linspace(-1, 1, points, dtype=torch.double)] * len(middle)
-    return middle + radius * torch.cartesian_prod(*nodes).reshape(-1, len(middle)), (2 * radius / (points - 1)).prod()
-
-
 POINTS = {1: 2001, 2: 301}
 SHAPES = [(name, 1) for name in IN_ONE] + [(name, 2) for name in PARTS]
 
@@ -98,26 +89,15 @@ def test_every_prior_of_the_command_line_is_in_the_list():
 @torch.no_grad()
 def test_a_density_integrates_to_one(name, L):
     p = _vae(name, L).prior()
-    z, cell = _grid(p, points=601 if name == "spline flow" else POINTS[L])
+    z, cell = quadrature_grid(p, points=601 if name == "spline flow" else POINTS[L])
     assert float(p.log_prob(z).exp().sum() * cell) == pytest.approx(1.0, abs=1e-4)
 
 
 @pytest.mark.parametrize(("name", "L"), SHAPES)
 @torch.no_grad()
 def test_draws_have_the_moments_of_the_density(name, L):
-    """Six expectations by quadrature, in their standard errors."""
     p = _vae(name, L).prior()
-
-    def functions(z):
-        a, b = z[..., 0], z[..., -1]
-        return torch.stack([a, b, a * b, a.square(), (2 * b).cos(), (a - 2 * b).sin().abs()], dim=-1)
-
-    z, cell = _grid(p, points=POINTS[L])
-    exact = (p.log_prob(z).exp()[:, None] * functions(z)).sum(0) * cell
-    torch.manual_seed(0)
-    found = functions(p.sample((50_000,)))
-    stderr = found.std(0) / math.sqrt(len(found))
-    assert ((found.mean(0) - exact).abs() <= 4.5 * stderr + 1e-3 * exact.abs()).all()
+    assert draws_have_the_moments_of_the_density(p, points=POINTS[L])
 
 
 @pytest.mark.parametrize("name", PARTS)
@@ -300,7 +280,7 @@ def test_a_gradient_of_the_pseudo_images_is_the_numeric_one():
 
 def _quadrature(vae, x):
     """(N,) log int p(z) p(x | z) dz on a grid, the Bernoulli mass written out."""
-    z, cell = _grid(vae.prior(), points=401)
+    z, cell = quadrature_grid(vae.prior(), points=401)
     with torch.no_grad():
         rate = vae.likelihood.net(z).sigmoid()
         log_p = x @ rate.log().T + (1 - x) @ (1 - rate).log().T + vae.prior().log_prob(z)

@@ -49,7 +49,8 @@ def evaluate_run(options: Evaluate, *, say: Say) -> Evaluation:
 
     A density of 8-bit levels is evaluated as log P(levels) by exact masses. Under torchrun the processes share the
     images, and rank 0 alone writes and prints. An interrupted evaluation resumes where it stopped, and ends with the
-    same numbers. The numbers of each image are in evaluation-SPLIT.safetensors.
+    same numbers. The numbers of each image are in evaluation-SPLIT.safetensors, with the names
+    of a folder's files in its metadata.
     """
     with joined(str(find_device(options.device))), ExitStack() as held:
         run = rank_zero_first(
@@ -71,6 +72,8 @@ def write_evaluation(run: Run, options: Evaluate, *, say: Say) -> Evaluation:
     with stop_on_signals() as should_stop:  # until all is written: a signal during the last image loses nothing
         found, tensors = estimate(run, options, should_stop, say)
         scalars = {name: getattr(found, name) for name in ("num_particles", "seed", "step", "dequantization_draws")}
+        if names := run.splits.names.get(found.split):
+            scalars |= {"names": [names[i] for i in tensors["index"].tolist()]}
         with end_together():
             if distributed.is_writer():
                 kept = runs.read_evaluations(run.folder, step=found.step)

@@ -65,8 +65,10 @@ def encode_images(options: Encode, *, say: Say) -> Path:
     """Computes latents and log p(x) of images; writes encoded.npz, encoded.json and latents.png.
 
     encoded.npz holds for each image ``mean`` and ``scale`` of q(z | x) (n, L), ``log_likelihood`` (the bound L_S),
-    ``elbo``, ``ess``, ``pareto_k`` (n,), ``names`` and, if they are known, ``labels``. For dequantized levels, mean and
-    scale are those of q(z | (x + u) / 256) with one draw of u.
+    ``elbo``, ``ess``, ``pareto_k`` (n,), ``names`` (of files, or places in the split or array) and, if they are known,
+    ``labels``. Where images are from a path and the run's data is there, ``split`` names the split of the run that
+    holds the same image, "" where none does. For dequantized levels, mean and scale are those of q(z | (x + u) / 256)
+    with one draw of u.
 
     An autoencoder has no density: ``mean`` is z(x), and ``reconstruction``, log p(x | z(x)), is the only other number.
     For dequantized levels both use the same (x + u) / 256.
@@ -97,7 +99,7 @@ def encode_images(options: Encode, *, say: Say) -> Path:
             codes, vae.prior(), kind="image", classes=given.labels, class_names=run.splits.class_names
         )
     (folder / "encoded.json").unlink(missing_ok=True)  # the last that is written: it never describes other arrays
-    write_arrays(folder / "encoded.npz", arrays, given.names)
+    write_arrays(folder / "encoded.npz", arrays, given.names, given.splits)
     write_figure(folder / "latents.png", figure)
     runs.write_json(folder / "encoded.json", to_json(summary))
     for line in (*given.notes, *describe_encoding(summary)):
@@ -150,9 +152,10 @@ def impute_images(options: Impute, *, say: Say) -> Path:
     """Estimates log p(x_observed) of images, draws x_missing ~ p(x_missing | x_observed), and returns the folder.
 
     Writes imputed.npz, imputations.json and imputations.png. imputed.npz holds ``draws`` (M, n, *E), ``mean`` (n, *E),
-    ``mask`` (n, *E) (1 = observed), ``log_likelihood_observed`` and ``ess`` (n,), and ``names``. If pixels were hidden
-    from images that are otherwise complete, it also holds ``log_likelihood_hidden``, log p(x_hidden | x_observed) =
-    log p(x) - log p(x_observed), with NaN for the other images. Refuses autoencoders.
+    ``mask`` (n, *E) (1 = observed), ``log_likelihood_observed`` and ``ess`` (n,), and ``names`` and ``split`` as
+    ``encode_images`` has them. If pixels were hidden from images that are otherwise complete, it also holds
+    ``log_likelihood_hidden``, log p(x_hidden | x_observed) = log p(x) - log p(x_observed), with NaN for the other
+    images. Refuses autoencoders.
     """
     run = open_run(options.run_dir, dataset=options.dataset, data_dir=options.data_dir, say=say)
     check_density(run, "p(x_missing | x_observed) to draw from")
@@ -186,7 +189,7 @@ def impute_images(options: Impute, *, say: Say) -> Path:
     summary = _summarize_imputation(run, given, x, result, hidden, options)
     picture, is_table = folder / "imputations.png", len(run.splits.event_shape) == 1
     (folder / "imputations.json").unlink(missing_ok=True)  # the last that is written: it never describes other arrays
-    write_arrays(folder / "imputed.npz", arrays, given.names)
+    write_arrays(folder / "imputed.npz", arrays, given.names, given.splits)
     if is_table:
         picture.unlink(missing_ok=True)
     else:

@@ -131,6 +131,7 @@ def _draft(path: Path, names: Sequence[str], options: ImageOptions, in_file: boo
         sha256=reader.sha256,
         split=layout.words if words == "as given" else words,
         labels=labels,
+        names={split: tuple(reader.names[row] for row in rows.tolist()) for split, rows in rows_of_splits.items()},
         class_names=class_names,
         unreadable=tuple(reader.unreadable),
         notes=reader.notes.list_notes(options.color),

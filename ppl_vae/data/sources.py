@@ -119,12 +119,14 @@ class UserImages(NamedTuple):
         labels: (N,) int64, or None.
         names: of the files, or the indices of the images in an array.
         notes: sentences for the user about how the images were read.
+        splits: the split of the training data that holds the same image, or ""; empty where the data is not there.
     """
 
     x: Tensor
     labels: Tensor | None
     names: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    splits: tuple[str, ...] = ()
 
 
 def load_images(
@@ -158,6 +160,11 @@ def load_images(
     else:
         raise ValueError(f"images: expected an .npz or .npy file, an image or a folder, got {path!r}: no such file")
     x = images.x
+    if len(splits.train):
+        stored = ((255 * x).round() if splits.kind == LEVELS else x).to(splits.train.dtype)
+        holes = (x.isnan() & (not stored.is_floating_point())).flatten(1).any(1)  # which whole numbers cannot hold
+        found = zip(splits.find(stored), holes.tolist(), strict=True)
+        images = images._replace(splits=tuple("" if hole else split for split, hole in found))
     if pixels == "levels":  # a missing pixel stays NaN
         x = (255 * images.x).round()
         distance = (255 * images.x - x).abs().nan_to_num(0.0)

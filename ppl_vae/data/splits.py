@@ -36,6 +36,7 @@ class Splits:
         sha256: of the bytes that were read.
         split: how the images were split, in words.
         labels: (N,) int64 of each split that has any.
+        names: of the file of each image, by split; empty for arrays.
         class_names: the name of each label; empty where labels have no names.
         unreadable: names of the files that could not be read and are left out.
         notes: sentences for the user about how the data was read, such as a shape that can be read in two ways.
@@ -50,6 +51,7 @@ class Splits:
     sha256: str
     split: str
     labels: Mapping[str, Tensor] = field(default_factory=dict)
+    names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     class_names: tuple[str, ...] = ()
     unreadable: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -65,6 +67,15 @@ class Splits:
         """sqrt(mean_nd (x_nd - mean_n x_nd)^2) of the training pixels, 8-bit levels as level / 255."""
         unit = 255 if self.kind == LEVELS else 1
         return float(location_and_spread(fill_from_observed(self.train))[1]) / unit
+
+    def find(self, x: Tensor) -> tuple[str, ...]:
+        """Find the split that holds each image of x (n, *E), which is stored as the splits are; "" where none does."""
+        wanted = {image.tobytes(): "" for image in x.numpy()}
+        for split in SPLIT_ORDER:
+            for image in getattr(self, split).numpy() if wanted else ():
+                if wanted.get(pixels := image.tobytes()) == "":
+                    wanted[pixels] = split
+        return tuple(wanted[image.tobytes()] for image in x.numpy())
 
     def describe(self) -> str:
         """Describe the data in one line, then unreadable files in one, then each note in one."""

@@ -175,7 +175,7 @@ def map_in_threads(function: Callable[[Item], Result], items: Sequence[Item]) ->
 # --- The cache ---
 
 # Raise this number when files are read differently than before: it makes the entries of older versions stale.
-_READER_VERSION = 7
+_READER_VERSION = 8
 
 _IMAGES, _REST = "images.npy", "splits.json"
 
@@ -318,6 +318,7 @@ def _read(entry: Path, *, check: bool = True) -> Splits:
     rows = _map_tensor(np.load(entry / _IMAGES, mmap_mode="r"))
     rest = header["splits"]
     rest |= {name: tuple(rest[name]) for name in ("class_names", "unreadable", "notes")}
+    rest["names"] = {split: tuple(names) for split, names in rest["names"].items()}
     rest["labels"] = {split: torch.tensor(labels, dtype=torch.int64) for split, labels in rest["labels"].items()}
     train, validation, test = rows.split(header["sizes"])
     return Splits(train=train, validation=validation, test=test, **rest)

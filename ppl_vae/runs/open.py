@@ -200,6 +200,7 @@ class Images(NamedTuple):
     places: Tensor  # (n,) int64, the indices among the N, ascending
     num_found: int  # N
     notes: tuple[str, ...] = ()  # sentences for the user about how the images were read
+    splits: tuple[str, ...] = ()  # of the run's data that hold the same image, or "", where images are from a path
 
 
 def load_given_images(run: Run, images_path: str, *, most: int | None, seed: int) -> Images:
@@ -208,16 +209,22 @@ def load_given_images(run: Run, images_path: str, *, most: int | None, seed: int
     They are a fixed random subset of at most ``most`` images. The seed is that of a binarization that draws anew.
     """
     notes: tuple[str, ...] = ()
+    splits: tuple[str, ...] = ()
     if images_path in SPLITS:
         source, labels = images_path, run.splits.labels.get(images_path)
         x = data.evaluation_images(run.splits, images_path, run.evaluated_pixels, seed=seed)
-        names = tuple(str(i) for i in range(len(x)))
+        names = run.splits.names.get(images_path) or tuple(str(i) for i in range(len(x)))
     else:
         source = str(Path(images_path).resolve())
-        x, labels, names, notes = data.load_images(
+        x, labels, names, notes, splits = data.load_images(
             images_path, run.splits, run.evaluated_pixels, seed=seed, fit=run.options.fit
         )
         check_images(run, source, x)
     places = data.subset(len(x), most)
     kept = tuple(names[i] for i in places.tolist())
-    return Images(source, x[places], None if labels is None else labels[places], kept, places, len(x), notes)
+    splits = tuple(splits[i] for i in places.tolist()) if splits else ()
+    known = [split for split in splits if split in ("train", "validation")]
+    if known:
+        seen = " and ".join(f"{known.count(split):,} in its {split} split" for split in sorted(set(known)))
+        notes += (f"training has seen {len(known):,} of these {len(kept):,} images, pixel by pixel the same: {seen}",)
+    return Images(source, x[places], None if labels is None else labels[places], kept, places, len(x), notes, splits)

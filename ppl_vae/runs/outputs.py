@@ -238,11 +238,12 @@ def write_picture(path: Path, levels: NDArray[np.uint8]) -> None:
         Image.fromarray(levels[0] if len(levels) == 1 else levels.transpose(1, 2, 0)).save(partial, format="png")
 
 
-def write_arrays(path: Path, tensors: Mapping[str, Tensor], names: Sequence[str] = ()) -> None:
-    """Writes tensors, and the names of images as "names", as compressed .npz without pickle."""
+def write_arrays(
+    path: Path, tensors: Mapping[str, Tensor], names: Sequence[str] = (), splits: Sequence[str] = ()
+) -> None:
+    """Writes tensors, and the names and splits of images as "names" and "split", as compressed .npz without pickle."""
     arrays = {name: values.numpy() for name, values in tensors.items()}
-    if names:
-        arrays["names"] = np.array(names)
+    arrays |= {name: np.array(words) for name, words in (("names", names), ("split", splits)) if words}
     npz = io.BytesIO()
     np.savez_compressed(npz, **arrays)  # type: ignore[arg-type]
     files.write_bytes(path, npz.getvalue())

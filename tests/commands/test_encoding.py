@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from small_run import SMALL, bars, exact_log_p, save_bars, train_small
 
 from ppl_vae import load, runs
@@ -82,6 +83,27 @@ def test_a_subset_keeps_names_beside_their_images(encode, folder, tmp_path):
     assert len(places) == 10
     np.testing.assert_allclose(some["mean"], every["mean"][places], rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(some["labels"], every["labels"][places])
+
+
+def test_a_folders_images_have_the_names_of_their_files_and_their_split(encode, tmp_path):
+    images, _ = bars(40, seed=3)
+    for i, image in enumerate(images):
+        image[0] = i  # all differ
+        Image.fromarray(image * 6).save(make(tmp_path / "photos") / f"{i:02}.png")
+    options = replace(SMALL, dataset=str(tmp_path / "photos"), likelihood="discretized-logistic", epochs=1)
+    run = train_small(tmp_path / "run", replace(options, binarization="none"))
+    _, scalars = runs.load_tensors(run / runs.per_image_file("test"))
+    test, _, _ = encode("test", run_dir=run, output=tmp_path / "test")
+    assert test["names"].tolist() == scalars["names"]
+    stored, _, said = encode(tmp_path / "photos", run_dir=run, output=tmp_path / "all")
+    assert stored["names"][stored["split"] == "test"].tolist() == scalars["names"]
+    assert [np.sum(stored["split"] == split) for split in ("train", "validation", "test")] == [32, 4, 4]
+    assert "seen 36 of these 40" in "\n".join(said)
+
+
+def make(folder):
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 # --- The files ---

@@ -414,3 +414,13 @@ def test_the_checksum_is_of_names_and_bytes_wherever_the_folder_is(tmp_path: Pat
     assert data.load(str(tmp_path / "b")).sha256 == expected.hexdigest()
     (tmp_path / "b" / "003.png").rename(tmp_path / "b" / "0030.png")
     assert data.load(str(tmp_path / "b")).sha256 != expected.hexdigest()
+
+
+def test_each_image_has_the_name_of_its_file(tmp_path: Path) -> None:
+    """Also where it comes from the cache, and beside a file that is left out."""
+    fill(tmp_path, range(30))
+    write(tmp_path / "015x.png", b"no image")
+    for _ in range(2):
+        read = data.load(str(tmp_path))
+        for split in ("train", "validation", "test"):
+            assert [int(name[:3]) for name in read.names[split]] == levels(getattr(read, split))

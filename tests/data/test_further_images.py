@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -233,3 +234,19 @@ def test_white_strokes_on_a_transparent_ground_are_refused(tmp_path: Path) -> No
     Image.merge("LA", [Image.new("L", opacity.size, 255), opacity]).save(tmp_path / "white.png")
     with pytest.raises(ValueError, match="expected images that show something, got only level 255"):
         data.load_images(str(tmp_path / "white.png"), trained_on(data.LEVELS), "none")
+
+
+# --- Images that the run has ---
+
+
+@pytest.mark.parametrize("kind", [data.LEVELS, data.BINARY, data.REAL])
+def test_an_image_of_the_runs_data_is_found_in_its_split(tmp_path: Path, kind: str) -> None:
+    own = {data.LEVELS: GREY, data.BINARY: BITS, data.REAL: REALS}[kind][:, None]
+    splits = trained_on(kind)
+    stored = torch.from_numpy(own).to(splits.train.dtype)
+    splits = replace(splits, train=stored[:2], validation=stored[2:3], test=stored[3:4])
+    array = own.astype(np.float64) / 255 if kind == data.LEVELS else own.astype(np.float64)
+    found = data.load_images(saved(tmp_path, array), splits, "none").splits
+    assert found == ("train", "train", "validation", "test", "", "")
+    array[:, 0, 0, 0] = np.nan
+    assert not any(data.load_images(saved(tmp_path, array), splits, "none").splits)

@@ -73,7 +73,8 @@ def encode_images(options: Encode, *, say: Say) -> Path:
     An autoencoder has no density: ``mean`` is z(x), and ``reconstruction``, log p(x | z(x)), is the only other number.
     For dequantized levels both use the same (x + u) / 256.
 
-    An export of a run needs no data for a person's own images. Images with missing pixels are refused.
+    An export of a run needs no data for a person's own images. Images with missing pixels need a
+    run that was trained with ``--missing train``; its numbers are then of the observed pixels.
     """
     is_split = options.images_path in SPLITS
     opened = open_run if is_split else open_run_or_export
@@ -81,9 +82,10 @@ def encode_images(options: Encode, *, say: Say) -> Path:
     find_device(options.device)
     given = load_given_images(run, options.images_path, most=options.images, seed=options.seed)
     holes = int(given.x.flatten(1).isnan().any(1).sum())
-    if holes:
+    if holes and run.options.missing != "train":
         raise ValueError(
-            f"{given.source}: expected every pixel, got missing ones (NaN) in {holes:,} of {len(given.x):,} images"
+            f"{given.source}: expected every pixel, got missing ones (NaN) in {holes:,} of {len(given.x):,} images; a "
+            "run that was trained with --missing train takes them"
         )
     name = options.images_path if is_split else Path(options.images_path).resolve().stem or "images"
     folder = make_output_folder(options.output, run.folder / "encodings" / name)

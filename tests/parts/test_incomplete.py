@@ -17,8 +17,8 @@ from torch.distributions import MultivariateNormal
 from torch.testing import assert_close
 
 from ppl_vae import VAE, Conditional, fit, importance, log_evidence, log_weights
-from ppl_vae.commands.latents import impute_images
-from ppl_vae.commands.options import Impute
+from ppl_vae.commands.latents import encode_images, impute_images
+from ppl_vae.commands.options import Encode, Impute
 from ppl_vae.data.arrays import load_arrays
 from ppl_vae.data.splits import fill_from_observed
 from ppl_vae.evidence.missing import Observed, impute
@@ -259,6 +259,10 @@ def test_the_commands_train_evaluate_and_impute(tmp_path, mask):
     impute_images(Impute(str(folder), "test", num_particles=20, device="cpu", output=str(tmp_path / "out")), say=silent)
     with np.load(tmp_path / "out" / "imputed.npz") as stored:
         assert np.isfinite(stored["mean"]).all()
+    words = Encode(str(folder), "test", num_particles=20, device="cpu", output=str(tmp_path / "codes"))
+    with np.load(encode_images(words, say=silent) / "encoded.npz") as stored:
+        assert np.isfinite(stored["mean"]).all()
+        assert np.isfinite(stored["log_likelihood"]).all()
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ _K_WITHOUT_MEAN = 1.0
 
 # With fewer effective particles, the draws of an image are nearly all of one or two z. Source: ours.
 FEW_PARTICLES = 5
+_ONE_PARTICLE = 1.5  # with fewer effective particles, most draws are of one z
 
 NOT_A_LOG_LIKELIHOOD = "not a log-likelihood; the guide is deterministic, an autoencoder has no density"
 
@@ -150,10 +151,20 @@ def describe_imputation(found: ImputationSummary) -> list[str]:
     median = format_number(found.ess.median, 1)
     lines.append(f"  ± is the standard error over images; effective particles: median {median}")
     if found.few_particles:
+        single = sum(image.missing_pixels > 0 and image.ess < _ONE_PARTICLE for image in found.per_image)
         lines.append(
             f"  Unreliable: {found.few_particles:,} of {n - found.complete_images:,} images with missing pixels have "
             f"fewer than {FEW_PARTICLES} effective particles of {S:,}. Their draws are nearly alike and show less than "
-            "what is possible, and log p(x_observed) may lie above its bound; more --num-particles help."
+            "what is possible, and log p(x_observed) may lie above its bound."
+        )
+        if single:
+            lines.append(
+                f"  In {single:,} of them, all draws come from one code in effect: take them as one guess, and not as "
+                "what else the missing pixels could be."
+            )
+        lines.append(
+            f"  More particles help: --num-particles {10 * S}. imputations.json has the effective particles (ess) of "
+            "each image."
         )
     return lines
 

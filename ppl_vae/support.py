@@ -49,7 +49,7 @@ def find_image_sites(trace: poutine.Trace, x: Tensor) -> list[ImageSite]:
             support = fn.support
         except NotImplementedError:
             continue
-        if len(support.check(x[:1])) == 1:
+        if support.check(x[:1]).shape == (1,):  # one answer per image
             found.append(ImageSite(name, support, bool(x.isnan().any() and not value.isnan().any())))
     return found
 

@@ -86,7 +86,8 @@ class VAE(nn.Module):
         posterior: x (..., *E) -> q(z | x), batch (...), event (L,).
 
     Raises:
-        ValueError: The shape of an image is not the likelihood's event shape.
+        ValueError: Prior and posterior have latents of different sizes; or, later, the shape of an image is not the
+            likelihood's event shape.
 
     Reference: Kingma and Welling 2014, arXiv 1312.6114; Rezende et al. 2014, arXiv 1401.4082.
     """
@@ -102,6 +103,9 @@ class VAE(nn.Module):
             raise ValueError(
                 f"posterior: expected x -> q(z | x), an encoder, got {type(posterior).__name__}; {NO_AUTOGUIDE}"
             )
+        expected, got = (getattr(part, "event_shape", None) for part in (prior, posterior))
+        if expected is not None and got is not None and tuple(got) != tuple(expected):
+            raise ValueError(f"posterior: expected latents of the prior's shape {tuple(expected)}, got {tuple(got)}")
         self.prior = prior
         self.likelihood = likelihood
         self.posterior = posterior

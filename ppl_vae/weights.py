@@ -77,10 +77,13 @@ def _check_value_shape(name: str, site: dict[str, Any]) -> None:
     """
     event = tuple(site["fn"].event_shape)
     value = tuple(site["value"].shape)[-len(event) :] if event else ()
-    if value != event and tuple(torch.broadcast_shapes(value, event)) != value:
+    fits = value == event or (  # the event may be broadcast to the value, and not the value to it
+        len(value) == len(event) and all(size in (1, given) for size, given in zip(event, value, strict=True))
+    )
+    if not fits:
         raise ValueError(
             f"site {name!r}: expected values of the event shape {event} of its distribution, got {value}, which would "
-            "be broadcast; reshape one of them"
+            "be broadcast or fits nowhere; reshape one of them"
         )
 
 

@@ -94,3 +94,10 @@ def test_plain_pyro_svi_moves_every_weight_of_every_network(network):
     SVI(*_registered(vae), pyro.optim.Adam({"lr": 0.02}), Trace_ELBO()).step(x)
     assert [name for name, w in vae.named_parameters() if torch.equal(w, before[name])] == []
     pyro.clear_param_store()
+
+
+def test_a_prior_and_a_posterior_of_different_sizes_are_refused():
+    likelihood = Conditional(MLP(5, 6, hidden=()), Bernoulli((6,)))
+    posterior = Conditional(MLP((6,), 8, hidden=()), DiagonalNormal(4))
+    with pytest.raises(ValueError, match=r"posterior: expected latents of the prior's shape \(5,\), got \(4,\)"):
+        VAE(StandardNormal(5), likelihood, posterior)

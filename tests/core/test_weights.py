@@ -10,10 +10,13 @@ import pytest
 import torch
 from grids import LIKELIHOODS_AND_NETWORKS, images_for
 from pyro import poutine
+from torch import nn
 from torch.testing import assert_close
 
-from ppl_vae import log_weights
+from ppl_vae import VAE, Conditional, log_evidence, log_weights
 from ppl_vae.objectives import Temper
+from ppl_vae.parts.networks import MLP
+from ppl_vae.parts.posteriors import DiagonalNormal
 from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.options import PLAIN, Options
 from ppl_vae.weights import log_weight_terms
@@ -272,3 +275,28 @@ def test_a_parameter_that_all_pixels_share_counts_every_pixel_once():
     expected = torch.distributions.Normal(z[..., None], 2.0).log_prob(x).sum(-1)
     torch.manual_seed(1)
     assert_close(log_weights(model, guide, x, 2), expected)
+
+
+def test_a_program_without_a_plate_is_refused_in_its_own_words():
+    class Bare(nn.Module):
+        def model(self, x):
+            pyro.sample("z", dist.Normal(torch.zeros(len(x), 3), 1.0).to_event(2))
+            pyro.sample("x", dist.Normal(torch.zeros(len(x), 6), 1.0).to_event(2), obs=x)
+
+        def guide(self, x):
+            pyro.sample("z", dist.Normal(torch.zeros(len(x), 3), 1.0).to_event(2))
+
+    program = Bare()
+    with pytest.raises(ValueError, match="expected it in the images' plate"):
+        log_evidence(program.model, program.guide, torch.zeros(10, 6), num_particles=3)
+
+
+def test_latents_that_do_not_fit_the_prior_are_refused_in_one_line():
+    posterior = Conditional(MLP((6,), 8, hidden=()), DiagonalNormal(4))
+    vae = VAE(
+        lambda: dist.Normal(torch.zeros(5), 1.0).to_event(1),
+        lambda z: dist.Normal(z.mean(-1, keepdim=True) + torch.zeros(6), 1.0).to_event(1),
+        posterior,
+    )
+    with pytest.raises(ValueError, match=r"site 'z': expected values of the event shape \(5,\)"):
+        log_weights(vae.model, vae.guide, torch.zeros(10, 6), 3)

@@ -133,7 +133,7 @@ def evaluate(
             on_block=on_block,
             should_stop=should_stop,
         )
-    return Importance(*table.T.contiguous())
+    return Importance(*table.T.contiguous(), num_particles=num_particles)
 
 
 def _captured(

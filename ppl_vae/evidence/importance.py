@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pyro
 import torch
@@ -32,7 +32,7 @@ _SUMMARY_SIZE = 10_000  # log-weights that are summarized at once
 Terms = Callable[[StochasticFunction, StochasticFunction, Data, int], tuple[Tensor, Tensor]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Importance:
     """What S particles say about each image; every field is (N,), float64, in nats where no other unit is given.
 
@@ -49,6 +49,7 @@ class Importance:
         monte_carlo_stderr: The delta method's error of L_S over draws of the particles; NaN for one particle.
         bias: The jackknife's estimate of log p(x) - E[L_S], not below 0; NaN for one particle.
         tenfold_gain: L_S minus the mean of the ten L_{S/10} from tenths of the same particles; NaN below 10.
+        num_particles: S, where it is known.
     """
 
     log_evidence: Tensor
@@ -60,10 +61,20 @@ class Importance:
     monte_carlo_stderr: Tensor
     bias: Tensor
     tenfold_gain: Tensor
+    num_particles: int | None = field(default=None, kw_only=True)
+
+    def __repr__(self) -> str:
+        N, S, bound = len(self.log_evidence), self.num_particles or "S", self.log_evidence.double()
+        error = f" ± {float(bound.std()) / N**0.5:.2f} (standard error over images)" if N > 1 else ""
+        return (
+            f"Importance of {N:,} image{'s' * (N != 1)}: L_{S} {float(bound.mean()):.2f}{error} nats per image, in "
+            f"expectation below log p(x)\n  ELBO {float(self.elbo.mean()):.2f}; effective particles: median "
+            f"{float(self.ess.median()):.1f} of {S}; Pareto k-hat: median {float(self.pareto_k.median()):.2f}"
+        )
 
     def to_tensors(self) -> dict[str, Tensor]:
         """The fields by the names that files hold them under."""
-        return dict(zip(IMPORTANCE_NAMES, vars(self).values(), strict=True))
+        return dict(zip(IMPORTANCE_NAMES, self._tensors(), strict=True))
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Importance:
@@ -72,7 +83,10 @@ class Importance:
 
     def cpu(self) -> Importance:
         """The same, on the CPU."""
-        return Importance(*(values.cpu() for values in vars(self).values()))
+        return Importance(*(values.cpu() for values in self._tensors()), num_particles=self.num_particles)
+
+    def _tensors(self) -> list[Tensor]:
+        return [values for values in vars(self).values() if isinstance(values, Tensor)]
 
     def unreliable(self) -> Tensor:
         """(N,) bool: where the jackknife's bias is above 0.5 nats, or NaN.
@@ -129,7 +143,7 @@ def importance(
     group = max(1, pairs // chunk)
     for images, place in zip(x.split(group), results.split(group, dim=1), strict=True):
         torch.stack(measure_group(model, guide, images, num_particles, chunk, terms), out=place)
-    return Importance(*results)
+    return Importance(*results, num_particles=num_particles)
 
 
 def log_evidence(

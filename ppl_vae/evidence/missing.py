@@ -20,6 +20,7 @@ from torch.distributions import Distribution
 from ppl_vae.evidence.proposals import DefensiveMixture
 from ppl_vae.parts.incomplete import IncompleteVAE
 from ppl_vae.parts.likelihoods.base import mask_missing
+from ppl_vae.parts.likelihoods.mixture import ColorLogisticMixture
 from ppl_vae.protocols import LatentModel, check_latent_model
 from ppl_vae.runtime.batching import images_per_pass, latents_per_pass
 from ppl_vae.runtime.errors import NotFinite, check_count
@@ -51,7 +52,8 @@ class Observed(nn.Module):
 
     Args:
         vae: A VAE whose likelihood's pixels are independent given z (``to_event`` over the whole image). The guide of
-            an ``IncompleteVAE``, which was trained on missing pixels, is used as it is.
+            an ``IncompleteVAE``, which was trained on missing pixels, is used as it is. Under a mixture of colors
+            (``ColorLogisticMixture``) positions are independent, and all three colors of one are missing or none.
         rounds: The rounds of refilling.
         num_fillings: K. A pass of the guide holds K copies of each of its images.
         prior_share: a, above 0 and below 1.
@@ -85,9 +87,10 @@ class Observed(nn.Module):
         """p(z), the VAE's."""
         return self.vae.prior()
 
-    def likelihood(self, z: Tensor, x: Tensor) -> dist.Independent:
+    def likelihood(self, z: Tensor, x: Tensor) -> dist.TorchDistribution:
         """p(x_observed | z), batch (..., B), event E; its draws and its mean are of all pixels. z: (..., B, L)."""
-        return mask_missing(check_event_shape(self.vae.likelihood(z), x, z), x)
+        p_x = check_event_shape(self.vae.likelihood(z), x, z)
+        return p_x.mask_missing(x) if isinstance(p_x, ColorLogisticMixture) else mask_missing(p_x, x)
 
     def posterior(self, x: Tensor) -> Distribution:
         """q(z | x_observed), batch (B,), event (L,). x: (B, *E), NaN where missing."""
@@ -98,7 +101,9 @@ class Observed(nn.Module):
         share = torch.where(missing.all(1), 1.0, torch.where(missing.any(1), partly, 0.0))
         return self._mixture(torch.stack([self._fillings(image) for image in x.split(1)]), share)
 
-    def particles(self, q: Distribution, x: Tensor, num_particles: int) -> tuple[Tensor, dist.Independent, Tensor]:
+    def particles(
+        self, q: Distribution, x: Tensor, num_particles: int
+    ) -> tuple[Tensor, dist.TorchDistribution, Tensor]:
         """z_s ~ q, p(x_observed | z_s), and log w_s = log p(x_observed | z_s) + log p(z_s) - log q(z_s).
 
         -> z (S, B, L), batch shape (S, B), and log w (S, B) nats. Draws come from torch's global generator.
@@ -140,7 +145,7 @@ def _in_support(x: Tensor) -> Tensor:
     return torch.where(missing, values[0] if len(values) else torch.zeros_like(x[:1].sum()), x)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Imputation:
     """Missing pixels of each image, imputed with S particles.
 
@@ -155,6 +160,14 @@ class Imputation:
     mean: Tensor
     log_evidence: Tensor
     ess: Tensor
+
+    def __repr__(self) -> str:
+        ess = self.ess.double()
+        return (
+            f"Imputation of {len(self.mean):,} image(s), {len(self.draws):,} draw(s) of each: log p(x_observed) "
+            f"{float(self.log_evidence.mean()):.2f} nats per image by its bound\n  effective particles: median "
+            f"{float(ess.median()):.1f}, least {float(ess.min()):.1f}; near 1, all draws of an image are of one z"
+        )
 
 
 @serialize_threads(gradients=False)

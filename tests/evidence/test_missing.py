@@ -16,6 +16,7 @@ from torch.distributions import MultivariateNormal
 
 from ppl_vae import VAE, Conditional, importance, log_evidence, log_weights
 from ppl_vae.evidence.missing import DefensiveMixture, Observed, impute
+from ppl_vae.parts.likelihoods import DiscretizedLogisticMixture
 from ppl_vae.parts.networks import MLP
 from ppl_vae.parts.posteriors import DiagonalNormal
 from ppl_vae.parts.priors import StandardNormal
@@ -303,3 +304,34 @@ def test_pixels_that_are_not_independent_are_refused():
     observed = Observed(vae)
     with pytest.raises(ValueError, match="likelihood: expected pixels that are independent given z"):
         log_evidence(observed.model, observed.guide, torch.tensor([[0.0, NAN]]), num_particles=2)
+
+
+def color_vae(event_shape=(3, 4, 4)):
+    torch.manual_seed(0)
+    family = DiscretizedLogisticMixture(event_shape)
+    decoder = Conditional(MLP(2, family.num_features, hidden=(4,)), family)
+    return VAE(StandardNormal(2), decoder, Conditional(MLP(event_shape, 4, hidden=(4,)), DiagonalNormal(2)))
+
+
+def test_a_mixture_of_colors_leaves_out_positions_that_are_missing_in_all_colors():
+    """log p(x_observed | z) is that of an image which has only the observed positions, by its own features."""
+    features = torch.randn(4, 10 * 5 * 6, generator=torch.Generator().manual_seed(0))
+    x = torch.randint(0, 256, (4, 3, 2, 3), generator=torch.Generator().manual_seed(1)).float()
+    x[:, :, :, 2] = NAN
+    kept = features.unflatten(-1, (50, 2, 3))[..., :2].flatten(1)
+    exact = DiscretizedLogisticMixture((3, 2, 2))(kept).log_prob(x[..., :2])
+    p_x = DiscretizedLogisticMixture((3, 2, 3))(features).mask_missing(x).expand((2, 4))
+    torch.testing.assert_close(p_x.log_prob(x.nan_to_num(0.0)), exact.expand(2, 4))
+
+
+def test_colors_of_a_mixture_are_imputed_where_all_three_are_missing():
+    x = torch.randint(0, 256, (2, 3, 4, 4), generator=torch.Generator().manual_seed(0)).float()
+    x[0, :, :2] = NAN
+    observed = Observed(color_vae())
+    found = impute(observed, x, num_particles=20, num_draws=3)
+    assert torch.equal(found.draws[:, :, :, 2:], x[:, :, 2:].expand(3, 2, 3, 2, 4))
+    assert observed.vae.likelihood.family.support.check(found.draws).all()
+    assert found.log_evidence.isfinite().all()
+    x[0, 1, :2] = 7.0
+    with pytest.raises(ValueError, match="expected all three colors of a pixel to be missing or none"):
+        impute(observed, x, num_particles=20, num_draws=3)

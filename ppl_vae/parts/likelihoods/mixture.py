@@ -41,12 +41,21 @@ class ColorLogisticMixture(dist.TorchDistribution):
     Args:
         logits: (..., K, H, W), of pi.
         locs, log_scales, coefficients: (..., 3, K, H, W).
+        observed: (..., H, W) bool, the positions whose densities count; None: all.
     """
 
     arg_constraints = dict.fromkeys(("logits", "locs", "log_scales", "coefficients"), constraints.real)
     support = constraints.independent(LEVELS, 3)
 
-    def __init__(self, logits: Tensor, locs: Tensor, log_scales: Tensor, coefficients: Tensor) -> None:
+    def __init__(
+        self,
+        logits: Tensor,
+        locs: Tensor,
+        log_scales: Tensor,
+        coefficients: Tensor,
+        observed: Tensor | None = None,
+    ) -> None:
+        self.observed = observed
         self.logits, self.locs, self.log_scales, self.coefficients = logits, locs, log_scales, coefficients
         super().__init__(logits.shape[:-3], torch.Size((3, *logits.shape[-2:])))
 
@@ -56,8 +65,21 @@ class ColorLogisticMixture(dist.TorchDistribution):
             self.logits.expand(batch + self.logits.shape[-3:]),
             *(p.expand(batch + p.shape[-4:]) for p in (self.locs, self.log_scales, self.coefficients)),
         )
-        new._validate_args = self._validate_args
+        new.observed, new._validate_args = self.observed, self._validate_args
         return new
+
+    def mask_missing(self, x: Tensor) -> ColorLogisticMixture:
+        """The same without the densities of positions that are NaN in x, (B, 3, H, W).
+
+        Raises ValueError for a position with some of its colors: they depend on each other given z.
+        """
+        missing = x.isnan()
+        if (missing.any(1) & ~missing.all(1)).any():
+            raise ValueError(
+                "missing pixels: expected all three colors of a pixel to be missing or none, since they depend on each "
+                "other given z, got some of the three"
+            )
+        return ColorLogisticMixture(self.logits, self.locs, self.log_scales, self.coefficients, ~missing.all(1))
 
     def _map_channels(self, channel: Callable[[int, Tensor, Tensor], Tensor]) -> Tensor:
         """channel(c, loc, log_scale) of each color, whose location depends on those before it: (..., 3, K, H, W)."""
@@ -107,7 +129,8 @@ class ColorLogisticMixture(dist.TorchDistribution):
         self._map_channels(look_up)
         given = torch.stack(torch.broadcast_tensors(*locs), dim=-4)
         log_p = discretized_logistic_log_mass(x, given, self.log_scales).sum(-4)
-        return (log_p + self.logits.log_softmax(-3)).logsumexp(-3).sum((-2, -1))
+        log_p = (log_p + self.logits.log_softmax(-3)).logsumexp(-3)
+        return (log_p if self.observed is None else log_p.where(self.observed, 0.0)).sum((-2, -1))
 
 
 class DiscretizedLogisticMixture(nn.Module):

@@ -73,8 +73,8 @@ def encode_images(options: Encode, *, say: Say) -> Path:
     An autoencoder has no density: ``mean`` is z(x), and ``reconstruction``, log p(x | z(x)), is the only other number.
     For dequantized levels both use the same (x + u) / 256.
 
-    An export of a run needs no data for a person's own images. Images with missing pixels need a
-    run that was trained with ``--missing train``; its numbers are then of the observed pixels.
+    An export of a run needs no data for a person's own images. Refuses images with missing pixels, but for a run that
+    was trained with ``--missing train``: its numbers are those of the observed pixels.
     """
     is_split = options.images_path in SPLITS
     opened = open_run if is_split else open_run_or_export

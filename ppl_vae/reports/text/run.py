@@ -281,7 +281,10 @@ def _describe_training(run: Run, step: int) -> str:
         return f"Not in the files of an export, except for the step of the weights: {step:,}."
     options, facts = run.options, [f"Weights of step {step:,}."]
     if run.from_python:
-        facts.append("Trained from Python, or shipped: how is not in the run's files, beyond the options below.")
+        facts.append(
+            "Trained from Python, or shipped with the package, without a record of the training. What follows are the "
+            "options that were given for it; they are not in this folder."
+        )
     environment = run.folder / runs.ENVIRONMENT
     found = runs.read_json(environment) if environment.exists() else {}
     versions = ", ".join(f"{name} {version}" for name, version in found.get("packages", {}).items() if version)
@@ -291,9 +294,12 @@ def _describe_training(run: Run, step: int) -> str:
         f"beta {options.beta:g}, KL warm-up {options.warmup_epochs:,} epochs.",
         f"Seed {options.seed}: one training, whose numbers say nothing of how others would differ.",
         f"Kept: the {options.keep} weights; moving average {options.average_decay:g}; precision {options.precision}.",
-        f"Versions: {code(versions or 'unknown')}, Python {code(found.get('python'))}. Device: "
-        f"{code(found.get('device'))}.",
     ]
+    if found:
+        facts.append(
+            f"Versions: {code(versions or 'unknown')}, Python {code(found.get('python'))}. Device: "
+            f"{code(found.get('device'))}."
+        )
     return _make_bullets(*facts)
 
 
@@ -301,7 +307,7 @@ def describe_epochs(run: Run) -> str:
     """How far a training came: the epochs of the last record of metrics.jsonl, of those in the options."""
     records, asked = runs.read_metrics(run.folder), run.options.epochs
     if not records:
-        return f"{asked:,} epochs by the options; how many were trained is not in the run's files"
+        return f"{asked:,} epochs were asked for; how many were trained is not recorded"
     return f"{records[-1]['epoch']:,} of {asked:,} epochs"
 
 

@@ -20,7 +20,7 @@ from ppl_vae.runs.command_results import ComparedPair, ComparedRun, Comparison
 from ppl_vae.runs.open import Run, Say, check_density, open_run
 from ppl_vae.runs.outputs import make_new_folder, make_output_folder, write_figure
 from ppl_vae.runs.resolve import find_device
-from ppl_vae.runs.results import read_per_image, summarize_importance, to_json
+from ppl_vae.runs.results import find_last_gain, read_per_image, summarize_importance, to_json
 
 COMPARISON, FIGURE, PER_IMAGE = "comparison.json", "comparison.png", "comparison.safetensors"
 
@@ -166,6 +166,7 @@ def _summarize_run(run: Run, name: str, result: Importance, num_particles: int) 
         likelihood=run.options.likelihood,
         bits_per_dim=estimate_bits_per_dim(run, result.log_evidence, num_particles),
         log_likelihood=Estimate.mean_of(result.log_evidence, num_particles),
+        last_gain=find_last_gain(runs.read_metrics(run.folder)),
         **vars(summarize_importance(result, num_particles)),
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +29,7 @@ from ppl_vae.runs.recipes import (
     read_reproductions,
 )
 from ppl_vae.runs.resolve import find_device, load_splits
-from ppl_vae.runs.results import read_evaluation, to_json
+from ppl_vae.runs.results import find_last_gain, read_evaluation, to_json
 
 EVALUATION_SEED = 0
 
@@ -144,20 +143,12 @@ def _make_row(asked: Reproduce, found: Recipe, share: float, stages: Mapping[Pat
         **{key: getattr(evaluation, key) for key in ("elbo", "kl", "rise")},
         protocol=EvaluationProtocol(**{key: getattr(evaluation, key) for key in keys}),
         weights=count_weights(run.options, run.splits.event_shape),
-        validation=ValidationCurve(tuple(map(_find_last_gain, metrics))),
+        validation=ValidationCurve(tuple(map(find_last_gain, metrics))),
         seconds=StageSeconds(tuple(records[-1]["seconds"] for records in metrics), evaluation.seconds),
         command=_make_command(asked),
         commits=tuple(dict.fromkeys(commits)),
         environment={key: value for key, value in environments[-1].items() if key not in ("argv", "resumed")},
     )
-
-
-def _find_last_gain(records: Sequence[JsonObject]) -> float | None:
-    """max of the last tenth of a stage's validation curve - max before; None for a single epoch. Source: ours."""
-    bound, elbo = "validation_bound_nats_per_image", "validation_elbo_nats_per_image"
-    curve = [record[bound if bound in record else elbo] for record in records]
-    tenth = math.ceil(len(curve) / 10)
-    return max(curve[-tenth:]) - max(curve[:-tenth]) if len(curve) > 1 else None
 
 
 def _make_command(asked: Reproduce) -> str:

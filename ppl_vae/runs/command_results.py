@@ -21,6 +21,7 @@ class ComparedRun(ImportanceSummary):
     likelihood: str
     bits_per_dim: Estimate | None
     log_likelihood: Estimate
+    last_gain: float | None = None  # what the last tenth of its epochs gained on validation images, where known
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -18,7 +18,7 @@ from ppl_vae.diagnostics.measurement import Measurements
 from ppl_vae.diagnostics.verdicts import Verdict
 from ppl_vae.evidence.estimate import Estimate, combine_stderrs
 from ppl_vae.evidence.importance import Importance
-from ppl_vae.runs.files import read_json
+from ppl_vae.runs.files import JsonObject, read_json
 
 T = TypeVar("T")
 
@@ -233,6 +233,18 @@ def is_evaluated(folder: Path) -> bool:
     except ValueError:  # lost or damaged: the split is evaluated again
         return False
     return True
+
+
+def find_last_gain(records: Sequence[JsonObject]) -> float | None:
+    """max of the last tenth of a validation curve - max before, nats; None without two epochs of one. Source: ours.
+
+    Args:
+        records: Those of metrics.jsonl.
+    """
+    names = "validation_bound_nats_per_image", "validation_elbo_nats_per_image"
+    curve = [value for record in records if (value := record.get(names[0], record.get(names[1]))) is not None]
+    tenth = math.ceil(len(curve) / 10)
+    return max(curve[-tenth:]) - max(curve[:-tenth]) if len(curve) > 1 else None
 
 
 @dataclass(frozen=True)

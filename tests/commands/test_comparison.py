@@ -288,6 +288,15 @@ def test_training_on_dynamic_or_fixed_draws_leaves_one_test_set(folders, tmp_pat
     assert entry["num_images"] == len(splits.test)
 
 
+def test_a_run_whose_validation_bound_still_rises_is_named(folders, tmp_path, monkeypatch):
+    rising = [{"validation_elbo_nats_per_image": -100.0 + epoch} for epoch in range(10)]
+    records = {"a": rising + 11 * rising[-1:], "b": rising}
+    monkeypatch.setattr(comparison.runs, "read_metrics", lambda folder: records[folder.name])
+    entry, said = _compare(folders, ["a", "b"], tmp_path / "out")
+    assert [run["last_gain"] for run in entry["runs"]] == [0.0, 1.0]
+    assert "validation bound of b (+1.0 nats)" in said
+
+
 # --- What is refused, before any evaluation ---
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from ppl_vae.evidence.estimate import CONFIDENCE, INDISTINCT, SEED_NATS, Estimate, PairedDifference
 from ppl_vae.reports.text import format_number, markdown_table, plus_minus
 from ppl_vae.reports.text.diagnosis import describe_calibration
-from ppl_vae.runs.command_results import ComparedPair, Comparison, LikelihoodRow, NetworkRow
+from ppl_vae.runs.command_results import ComparedPair, Comparison, LikelihoodRow, NetworkRow, TrainedRow
 from ppl_vae.runs.recipes import Published, Recipe, Reproduction
 
 # --- Runs on the same images ---
@@ -50,6 +50,13 @@ def describe_comparison(found: Comparison) -> list[str]:
         )
         lines += [pair.verdict, errors, _describe_log_p(pair)]
     low, high = SEED_NATS
+    rising = [f"{run.name} ({run.last_gain:+.1f} nats)" for run in found.runs if (run.last_gain or 0) > high]
+    if rising:
+        lines.append(
+            f"Not trained to the end: the last tenth of the epochs still raised the validation bound of "
+            f"{', '.join(rising)}. This compares how far the runs have come; ppl-vae train --resume RUN --epochs N "
+            "goes on."
+        )
     return [
         *lines,
         f"All intervals hold at once with {CONFIDENCE:.0%}; those of fewer than 30 images are rough.",
@@ -109,6 +116,7 @@ def _explain_likelihood_table(rows: Sequence[LikelihoodRow]) -> list[str]:
         f"distinguishable from the first row (intervals that hold together with {CONFIDENCE:.0%})",
         "exact: trained as a density of (level + u) / 256, evaluated by the exact masses that it gives to levels",
         f"bounds ranked, log p(x) not, since ten times the particles gained as much as the difference: {unsure}",
+        *_describe_unfinished([(row.likelihood, row) for row in rows]),
         "the same epochs are not the same time: see seconds. One training each: these trained models are compared, and "
         f"another seed moves a VAE by {low} to {high} nats on binary pixels, often more on others",
     ]
@@ -128,7 +136,16 @@ def describe_network_table(rows: Sequence[NetworkRow]) -> list[str]:
             f"{plus_minus(row.log_likelihood):>20} {row.elbo.mean:>8.2f}"
             for row in rows
         ),
+        *_describe_unfinished([(row.network, row) for row in rows]),
     ]
+
+
+def _describe_unfinished(rows: Sequence[tuple[str, TrainedRow]]) -> list[str]:
+    """Which trainings, by their names, were best in their last epoch."""
+    names = [name for name, row in rows if row.best_epoch == row.epochs]
+    if not names:
+        return []
+    return [f"best in the last epoch, so that more --epochs may change the order: {', '.join(names)}"]
 
 
 # --- Reproductions of numbers in print ---

@@ -126,6 +126,14 @@ def test_a_page_names_no_address_of_a_network() -> None:
     assert re.findall(r"(?:https?:)?//[\w.]+\.\w+/|\burl\(|@import|\bsrc=[\"'](?!\")", without_pictures) == []
 
 
+def test_a_phone_shows_a_wide_picture_whole_and_an_option_unbroken(visit) -> None:
+    words = "A sentence in front, of such a length that the line ends here: --num-particles 5."
+    with visit(text(words), picture(png(0, 1200, 300), "", "a picture"), width=390) as seen:
+        assert seen.tab.evaluate("document.querySelector('img').getBoundingClientRect().width") <= 390
+        assert seen.tab.evaluate("document.querySelector('main code').getClientRects().length") == 1
+        assert seen.tab.evaluate("document.documentElement.scrollWidth") <= 390
+
+
 @pytest.mark.parametrize(
     "words", ["<script>window.hit = 1</script>", '"><img src=x onerror=window.hit=1>', "</style>&amp;"]
 )

@@ -19,14 +19,13 @@ import numpy as np
 
 Cell: TypeAlias = str | float | int | None
 
-_CODE = re.compile(r"`([^`]+)`")
+_CODE = re.compile(r"`([^`]+)`|(?<![\w-])(--[a-z][\w-]*)")  # a flag is code also without backticks
 _BOLD = re.compile(r"\*\*(.+?)\*\*", re.DOTALL)
 _NUMBER = re.compile(r"\s*[<>≤≥≈~]?\s*[-+−]?[\d.][\d.,eE+−–\- ±()\[\]×^%/]*[a-zA-Z%]{0,5}\s*")
 _MINUS = re.compile(r"(?<![\w-])-(?=[\d.])")
 _NOTHING = "–"
 _HERE = Path(__file__).parent
 _SMALL = 480  # pixels; a picture up to this width is of single pixels, and is enlarged without smoothing
-_BROAD = 900  # pixels; a picture from this width on has words in it, which a phone would make too small to read
 _LONG = 32  # letters, from which a table's text is broken into lines
 
 
@@ -40,7 +39,13 @@ def escape(words: str) -> str:
 
 def inline(words: str) -> str:
     """``**bold**`` and ```code```; everything else is escaped."""
-    return _BOLD.sub(r"<strong>\1</strong>", _CODE.sub(r"<code>\1</code>", escape(words)))
+    return _BOLD.sub(r"<strong>\1</strong>", _CODE.sub(_mark_code, escape(words)))
+
+
+def _mark_code(found: re.Match[str]) -> str:
+    word = found[1] or found[2]
+    kind = ' class="word"' if len(word) <= _LONG and " " not in word else ""  # not broken after a dash
+    return f"<code{kind}>{word}</code>"
 
 
 def true_minus(words: str) -> str:
@@ -69,10 +74,10 @@ def text(words: str) -> str:
 def picture(png: bytes, caption: str, alt: str) -> str:
     """A PNG with its caption, and ``alt``, what it shows, for those who do not see it."""
     width, height = int.from_bytes(png[16:20], "big"), int.from_bytes(png[20:24], "big")  # of a PNG's header
-    kind = "pixelated" if width <= _SMALL else "card broad" if width >= _BROAD else "card"
+    kind = "pixelated" if width <= _SMALL else "card"
     source = f"data:image/png;base64,{encode_base64(png)}"
     image = f'<img class="{kind}" src="{source}" alt="{escape(alt)}" width="{width}" height="{height}">'
-    return f'<figure class="picture wide"><div class="scroll">{image}</div>{caption_html(caption)}</figure>'
+    return f'<figure class="picture wide">{image}{caption_html(caption)}</figure>'
 
 
 def verdict(word: str, evidence: str, advice: str = "", *, figure: str = "", is_healthy: bool = False) -> str:

@@ -67,6 +67,9 @@ def _likelihood(run: Run, step: int) -> list[str]:
     rows = [
         [names.get(key, key), true_minus(plus_minus(getattr(entry, key))), text.EVALUATION_ROWS[key]] for key in keys
     ]
+    if entry.bits_per_dim is not None:
+        bits = plus_minus(entry.bits_per_dim, 4)
+        rows.insert(1, [text.BITS_PER_DIM, bits, text.BITS_PER_DIM_MEANING])
     caption = text.EVALUATION_CAPTION.format(num_images=entry.num_images)
     highlight = None if is_autoencoder(run.options) else 0
     lines = [line.strip() for line in describe_evaluation(entry)]

@@ -179,7 +179,8 @@ def _describe_data(place: Path, each: StudyData) -> DataNumbers:
     splits, evaluation = each.splits, read_evaluation(place / sweep_name(each.word))
     family = build_likelihood(each.options, splits.event_shape)
     noise = measure_noise(family, each.load_images("train", MOST_TRAINING_IMAGES))
-    assert noise is not None  # the study's likelihood is a Bernoulli
+    if noise is None:  # the study's likelihood is a Bernoulli, which has a location
+        raise ValueError(f"{splits.name}: expected training images that differ, got one image every time")
     return DataNumbers(
         description=splits.describe(),
         num_pixels=each.num_pixels,

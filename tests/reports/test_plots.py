@@ -80,6 +80,13 @@ def test_one_latent_has_a_histogram_that_counts_every_image():
     assert sum(bar.get_height() for bar in bars) == 50
 
 
+def test_a_figure_of_latents_says_where_none_is_active():
+    for scale, says in ((1.0, False), (1e-3, True)):
+        codes = PosteriorMoments(scale * POINTS, torch.ones(4, 2))
+        title = charts.latents_figure(codes, normal(2), kind="x").get_suptitle()
+        assert ("No latent is active" in title) == says
+
+
 # --- Likelihoods ---
 
 

@@ -18,7 +18,7 @@ from ppl_vae.diagnostics.likelihood import PixelCalibration
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.moments import PosteriorMoments, compute_moments, sample_latents
 from ppl_vae.reports.figures.images import Images, elongation, show_tiles
-from ppl_vae.reports.text.pages import TITLES
+from ppl_vae.reports.text.pages import NO_ACTIVE_LATENT, TITLES
 
 _COLUMNS = 4  # of a table of calibrations
 _PRIOR_SHOWN = 2000  # draws
@@ -189,11 +189,13 @@ def latents_figure(
         class_names: The word for each class.
     """
     N, L = codes.mean.shape
-    variance = active_units(codes, compute_moments(prior).scale).mean
+    active = active_units(codes, compute_moments(prior).scale)
+    variance = active.mean
     order = list(range(L)) if L <= 2 else variance.argsort(descending=True)[:2].tolist()
     names = [f"z{k}, variance {variance[k]:.2f}" for k in order]
     points, draws = (each[:, order].cpu().numpy() for each in (codes.mean, sample_latents(prior, _PRIOR_SHOWN)))
     title = TITLES["latents-chosen" if L > 2 else "latents"].format(num_images=N, kind=kind, num_latents=L)
+    title += f"\n{NO_ACTIVE_LATENT}" * (active.count == 0 and N > 1)
     figure = make_figure(title, width=6.8, height=5.0)
     axes, words = figure.subplots(), f"prior: {len(draws):,} draws"
     groups = _group_by_class(classes, N, class_names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from textwrap import fill
 
@@ -147,12 +148,17 @@ def draw_noise(numbers: Measurements) -> Figure:
     noise = numbers.noise
     assert noise is not None
     beta = numbers.trained_with.beta if numbers.trained_with else 1.0
-    thresholds = {f"beta = {beta:g}, or what independent pixels reach": max(beta, noise.edge)}
-    thresholds["a mean over pixels"] = float(numbers.num_pixels)
+    own = f"beta = {beta:g}" if beta >= noise.edge else f"independent pixels by chance (beta = {beta:g} is lower)"
+    thresholds = {own: max(beta, noise.edge)}
+    mean = float(numbers.num_pixels)  # beta = D
+    if math.isclose(thresholds[own], mean, rel_tol=0.01):  # two lines would hide each other
+        thresholds = {f"{own}, and a mean over pixels": mean}
+    else:
+        thresholds["a mean over pixels"] = mean
     figure = make_figure(TITLES["diagnosis-noise"])
     axes, eigenvalues = figure.subplots(), noise.eigenvalues.numpy()
     axes.loglog(np.arange(1, len(eigenvalues) + 1), np.maximum(eigenvalues, 1e-12), marker=".", markersize=3)
-    for (name, value), color in zip(thresholds.items(), ("black", "tab:orange"), strict=True):
+    for (name, value), color in zip(thresholds.items(), ("black", "tab:orange"), strict=False):
         live = int((eigenvalues > value).sum())
         axes.axhline(value, color=color, label=f"{name}: {live:,} directions live above {value:.3g}")
     if numbers.active.count:

@@ -18,8 +18,9 @@ from torch.distributions import Distribution
 
 from ppl_vae import data
 from ppl_vae.conditional import Conditional
+from ppl_vae.diagnostics.latents import active_units
 from ppl_vae.diagnostics.pictures import find_principal_directions
-from ppl_vae.evidence.moments import encode, sample_latents
+from ppl_vae.evidence.moments import compute_moments, encode, sample_latents
 from ppl_vae.parts import likelihoods, networks
 from ppl_vae.reports.page import blocks as page
 from ppl_vae.reports.text import pages as text
@@ -245,22 +246,23 @@ def make_explorer(run: Run) -> Explorer:
     index = data.subset(len(x), max(2, min(_MOST_POINTS, _MOST_PIXELS // math.prod(decoder.event_shape))))
     x = x[index]
     with seeded(_SEED, torch.device("cpu")), torch.no_grad():
-        codes = encode(vae, x).mean
+        codes = encode(vae, x)
         draws = sample_latents(vae.prior(), _MOST_POINTS)
-    found = find_principal_directions(codes, _MOST_DIRECTIONS)
-    points, drawn = found.project(codes)[:, :2], found.project(draws)[:, :2]
+        active = active_units(codes, compute_moments(vae.prior()).scale).count
+    found = find_principal_directions(codes.mean, _MOST_DIRECTIONS)
+    points, drawn = found.project(codes.mean)[:, :2], found.project(draws)[:, :2]
     labels = run.splits.labels.get("test")
     classes = None if labels is None else labels[index].numpy()
     few = classes is not None and classes.min() >= 0 and classes.max() < 10
     return Explorer(
         decoder,
-        text.explorer_caption(run, float(found.share[:2].sum())),
-        codes=codes.numpy(),
+        text.explorer_caption(run, float(found.share[:2].sum()), active=active),
+        codes=codes.mean.numpy(),
         images=(255 * x.float()).round().clamp(0, 255).byte().numpy(),
         names=[text.EXPLORER_IMAGE.format(place=place) for place in index.tolist()],
         directions=found.directions[:2].numpy(),
         points=points.numpy(),
-        start=found.find_central(codes),
+        start=found.find_central(codes.mean),
         extent=max(1.05 * float(torch.cat([points, drawn]).abs().quantile(_MOST_CODES)), _LEAST_EXTENT),
         labels=classes if few else None,
         label_names=run.splits.class_names if few else (),

@@ -93,6 +93,9 @@ DIAGNOSIS_FIGURES = {
 }
 
 
+NO_ACTIVE_LATENT = "No latent is active: all images have nearly the same code"
+
+
 # --- A run's page ---
 
 SECTIONS = {
@@ -142,8 +145,16 @@ def describe_missing_evaluation(run: Run) -> str:
     return words + ("" if is_autoencoder(run.options) else command)
 
 
-def explorer_caption(run: Run, share: float) -> str:
-    """The caption of the live decoder over two directions, whose share of the codes' variance is given."""
+def explorer_caption(run: Run, share: float, *, active: int) -> str:
+    """The caption of the live decoder over two directions, whose share of the codes' variance is given.
+
+    "active" is the number of active latents.
+    """
+    if active == 0:
+        return (
+            f"{NO_ACTIVE_LATENT}, in one point of the plane, and the decoder ignores it: the picture hardly changes. "
+            "What stands out, above, says what to change."
+        )
     words = (
         "Each point is a test image, where the encoder puts it along the first two principal directions of the codes "
         f"({share:.0%} of their variance)."
@@ -162,6 +173,9 @@ EVALUATION_ROWS = {
     "reconstruction": "log p(x | z) with z drawn from the guide: how well the code's image fits",
     "kl": "KL(q(z | x) || p(z)): what the code costs: an upper bound on what it tells about the image, on average",
 }
+
+BITS_PER_DIM = "in bits per dimension"
+BITS_PER_DIM_MEANING = "the same bound as -log2 P(x) / D, for 8-bit levels of D pixels: lower is better"
 
 
 # --- The study's page ---

@@ -49,6 +49,8 @@ def compare_runs(options: CompareRuns, *, say: Say) -> Comparison:
     names = [run.folder.resolve().name for run in opened]
     names = names if len(set(names)) == len(names) else [str(run.folder) for run in opened]
     stored = _read_stored(opened, places, options)
+    if stored is None and (words := _name_stored_kind(opened, options.split)):
+        say(f"Evaluating every run, which takes a while. Their own evaluations would be taken with {words}.")
     results = stored or [
         evaluate_images(run, x, options, compile=options.compile, words=f"log p(x), {name}", say=say)
         for run, name in zip(opened, names, strict=True)
@@ -154,6 +156,16 @@ def _read_stored(opened: Sequence[Run], places: Tensor, options: CompareRuns) ->
             return None
         found.append(stored.result)
     return found
+
+
+def _name_stored_kind(opened: Sequence[Run], split: str) -> str | None:
+    """The options with which the runs' own evaluations are compared, where these are all of one kind."""
+    stored = [read_per_image(run.folder, split) for run in opened]
+    kinds = {(len(each.index), each.num_particles, each.seed) for each in stored if each is not None}
+    if len(kinds) != 1 or None in stored:
+        return None
+    ((num_images, num_particles, seed),) = kinds
+    return f"--images {num_images} --num-particles {num_particles} --seed {seed}"
 
 
 def _summarize_run(run: Run, name: str, result: Importance, num_particles: int) -> ComparedRun:

@@ -101,8 +101,8 @@ def describe_numbers(numbers: Measurements) -> list[str]:
         deviation = f"cumulative histogram off by up to {100 * pixels.largest_deviation:.1f} points"
         lines.append(f"pixels in p(x | z): {pixels.verdict}, {deviation}")
     if (found := numbers.importance) is not None:
-        of_all = f" of the {numbers.num_images:,}, evenly spread" * (found.num_images < numbers.num_images)
-        images = f"{found.num_images:,}{of_all or ' images'}"
+        of_all = f"of the {numbers.num_images:,} " * (found.num_images < numbers.num_images)
+        images = f"{found.num_images:,} {of_all}images"
         bound = f"L_{found.num_particles} = {plus_minus(found.log_likelihood, 2)} nats ({images})"
         lines.append(
             f"log p(x): {bound}; ten times the particles gained {plus_minus(found.rise, 2)}, unreliable "

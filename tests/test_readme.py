@@ -99,7 +99,7 @@ def test_every_option_of_the_manual_exists():
             if done.returncode == 0:
                 break
     known |= {"--standalone", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"}  # torchrun's
-    known |= {"--logdir", "--index-url"}  # tensorboard's and pip's
+    known |= {"--logdir", "--torch-backend"}  # tensorboard's and uv's
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", ALL)) <= known
 
 

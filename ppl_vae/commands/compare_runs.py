@@ -76,6 +76,7 @@ def compare_runs(options: CompareRuns, *, say: Say) -> Comparison:
         seconds=time.monotonic() - started,
     )
     scalars = {"split": options.split, "num_particles": S, "seed": options.seed}
+    scalars |= first.name_files(options.split, places)
     tensors = {"index": places} | {f"log_evidence/{name}": bound for name, bound in bounds.items()}
     runs.save_tensors(folder / PER_IMAGE, tensors, scalars)
     write_figure(folder / FIGURE, paired_bounds(found, bounds, title=comparison_title(found)))

@@ -72,8 +72,7 @@ def write_evaluation(run: Run, options: Evaluate, *, say: Say) -> Evaluation:
     with stop_on_signals() as should_stop:  # until all is written: a signal during the last image loses nothing
         found, tensors = estimate(run, options, should_stop, say)
         scalars = {name: getattr(found, name) for name in ("num_particles", "seed", "step", "dequantization_draws")}
-        if names := run.splits.names.get(found.split):
-            scalars |= {"names": [names[i] for i in tensors["index"].tolist()]}
+        scalars |= run.name_files(found.split, tensors["index"])
         with end_together():
             if distributed.is_writer():
                 kept = runs.read_evaluations(run.folder, step=found.step)

@@ -78,6 +78,11 @@ class Run(NamedTuple):
             scale=self.scale,
         )
 
+    def name_files(self, split: str, index: Tensor) -> dict[str, list[str]]:
+        """The file names of images, (n,) indices in a split, under "names"; empty where they have no files."""
+        names = self.splits.names.get(split)
+        return {"names": [names[i] for i in index.tolist()]} if names else {}
+
     @property
     def trained_scale(self) -> str:
         """What the nats of its training measure: for dequantized levels their density, not their mass."""

@@ -25,7 +25,7 @@ from ppl_vae.runs import certificates
 from ppl_vae.runs.certificates import CERTIFICATE, AISSummary, Certificate, CertifiedImages, Convergence
 from ppl_vae.runs.checkpoints import BlockStore, StageResults
 from ppl_vae.runs.files import JsonObject
-from ppl_vae.runs.open import Run, Say, check_density, check_images, load_evaluated_vae, open_run
+from ppl_vae.runs.open import Run, Say, check_density, check_images, check_no_labels, load_evaluated_vae, open_run
 from ppl_vae.runs.outputs import make_parent, write_figure
 from ppl_vae.runs.resolve import data_options, decide_compile, find_device
 from ppl_vae.runs.results import to_json
@@ -59,6 +59,7 @@ def certify_run(options: Certify, *, say: Say) -> Certificate:
     file.
     """
     run = open_run(options.run_dir, dataset=options.dataset, data_dir=options.data_dir, say=say)
+    check_no_labels(run, "certificate")
     with runs.lock_folder(run.folder), stop_on_signals() as should_stop:
         _check_before_work(run, options)
         place = find_device(options.device)

@@ -25,7 +25,7 @@ from ppl_vae.runs.coded_file import CodedFile, Digest, describe_versions, find_v
 from ppl_vae.runs.command_results import Compression
 from ppl_vae.runs.files import check_output, replace_file
 from ppl_vae.runs.load import find_run_folder, load
-from ppl_vae.runs.open import Run, Say, check_density, open_run
+from ppl_vae.runs.open import Run, Say, check_density, check_no_labels, open_run
 from ppl_vae.runs.results import to_json
 from ppl_vae.runtime.process import progress_bar
 from ppl_vae.vae import VAE
@@ -43,6 +43,7 @@ def compress_run(options: Compress, *, say: Say) -> Compression:
     """
     run = open_run(options.run_dir, dataset=options.dataset, data_dir=options.data_dir, say=say)
     check_density(run, "latents to code")
+    check_no_labels(run, "code")
     if build_likelihood(run.options, run.splits.event_shape).measure != "mass":
         raise ValueError(
             f"{run.folder}: expected a likelihood that is a mass, got {run.options.likelihood}, a density: it gives "

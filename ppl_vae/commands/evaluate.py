@@ -20,10 +20,12 @@ from tqdm import tqdm
 from ppl_vae import data, runs
 from ppl_vae.commands.options import Certify, CompareRuns, Encode, Evaluate
 from ppl_vae.diagnostics.likelihood import calibrate_pixels
+from ppl_vae.evidence.classes import ClassEvidence, count_confusions
 from ppl_vae.evidence.dequantization import LevelsPosterior, levels_of
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.evaluation import evaluate, reconstruction
 from ppl_vae.evidence.importance import IMPORTANCE_NAMES, Importance
+from ppl_vae.labels import ConditionalVAE
 from ppl_vae.parts.likelihoods import fit_independent_pixels
 from ppl_vae.reports.text.evaluation import describe_evaluation, describe_replacement
 from ppl_vae.runs.build import build_likelihood, is_autoencoder
@@ -31,13 +33,21 @@ from ppl_vae.runs.checkpoints import BlockStore
 from ppl_vae.runs.load import load
 from ppl_vae.runs.open import Run, Say, check_density, load_evaluated_vae, open_run
 from ppl_vae.runs.resolve import decide_compile, find_device, matmul_precision
-from ppl_vae.runs.results import Evaluation, RunCalibration, from_json, summarize_importance, to_json
+from ppl_vae.runs.results import (
+    Evaluation,
+    LabelledEvaluation,
+    RunCalibration,
+    from_json,
+    summarize_importance,
+    to_json,
+)
 from ppl_vae.runtime import ranks as distributed
 from ppl_vae.runtime.batching import Stopped, images_per_group, images_per_pass, pairs_per_pass
 from ppl_vae.runtime.errors import CannotCapture, Interrupted
 from ppl_vae.runtime.global_state import seeded
 from ppl_vae.runtime.process import progress_bar, stop_on_signals
 from ppl_vae.runtime.ranks import end_together, joined, rank_zero_first, rank_zero_only
+from ppl_vae.runtime.records import Data, EachLabel
 from ppl_vae.vae import VAE
 
 _FLOOR_SEED = 0
@@ -98,6 +108,7 @@ def _estimate(
     split, S, step = options.split, options.num_particles, runs.load_step(run.folder / runs.MODEL)
     index, x = choose_images(run, run.evaluated_pixels, options, say)
     x = x.to(find_device(options.device))
+    rows = _rows_of(run, x)
     identity = {  # everything that decides the numbers
         "split": split,
         "num_particles": S,
@@ -111,15 +122,16 @@ def _estimate(
         "weights": data.compute_sha256(run.folder / runs.MODEL),
     }
     store = BlockStore(partial_path(run.folder, split), {split: identity}, say)
-    shape = {"num_items": len(x), "block_size": images_per_group(x, S), "num_columns": len(IMPORTANCE_NAMES)}
+    shape = {"num_items": len(rows), "block_size": images_per_group(x, S), "num_columns": len(IMPORTANCE_NAMES)}
     blocks = Blocks(store.open_stage(split, **shape), store.add, should_stop)
     words = f"log p(x), {split}"
     try:
-        result = evaluate_images(run, x, options, compile=options.compile, words=words, say=say, blocks=blocks)
+        measured = measure_images(run, x, options, compile=options.compile, words=words, say=say, blocks=blocks)
     except Stopped:
         store.write()
-        kept = f"{store.num_finished(split):,} of {len(x):,} images are done and kept"
+        kept = f"{store.num_finished(split) * len(x) // len(rows):,} of {len(x):,} images are done and kept"
         raise Interrupted(f"{kept}; evaluated again, the run goes on there") from None
+    result = measured.marginal() if isinstance(measured, ClassEvidence) else measured
     found = Evaluation(
         **vars(run.provenance),
         split=split,
@@ -136,7 +148,28 @@ def _estimate(
         step=step,
         seconds=store.seconds(split),
     )
-    return found, {"index": index} | result.to_tensors()
+    tensors = {"index": index} | result.to_tensors()
+    if isinstance(measured, ClassEvidence):
+        y = run.splits.labels[split][index]
+        found = _classify(run, found, measured, y)
+        tensors |= {"labels": y, "log_evidence_by_class": measured.given.log_evidence}
+    return found, tensors
+
+
+def _classify(run: Run, found: Evaluation, measured: ClassEvidence, y: Tensor) -> LabelledEvaluation:
+    """Adds to the evaluation of log p(x) what the labels y, (n,), say."""
+    log_posterior, given, S = measured.log_posterior(), measured.given_label(y), found.num_particles
+    predicted = log_posterior.argmax(1)
+    return LabelledEvaluation(
+        **vars(found),
+        log_likelihood_given_label=Estimate.mean_of(given.log_evidence, S),
+        elbo_given_label=Estimate.mean_of(given.elbo, S),
+        accuracy=Estimate.mean_of((predicted == y).double(), S),
+        log_prob_label=Estimate.mean_of(log_posterior.gather(1, y[:, None])[:, 0], S),
+        confusion=tuple(map(tuple, count_confusions(y, predicted, len(measured.log_prior)).tolist())),
+        class_probs=tuple(measured.log_prior.exp().tolist()),
+        class_names=run.splits.class_names,
+    )
 
 
 def _reconstruct(
@@ -175,6 +208,11 @@ def choose_images(run: Run, pixels: str, options: Evaluate | Certify, say: Say) 
     return index, x[index]
 
 
+def _rows_of(run: Run, x: Tensor) -> Data:
+    """What an evaluation of images x (n, *E) measures: the images, or with labels each image with each label."""
+    return x if run.options.classes is None else EachLabel(x, run.options.classes)
+
+
 class Blocks(NamedTuple):
     """What is finished of an evaluation (by a block's first image), where it is kept, and whether to stop."""
 
@@ -184,6 +222,14 @@ class Blocks(NamedTuple):
 
 
 def evaluate_images(
+    run: Run, x: Tensor, options: Evaluate | Encode | CompareRuns, *, words: str, say: Say, compile: str = "auto"
+) -> Importance:
+    """log p(x) of images x (N, *E) as ``measure_images`` finds it; with labels, summed over them."""
+    found = measure_images(run, x, options, words=words, say=say, compile=compile)
+    return found.marginal() if isinstance(found, ClassEvidence) else found
+
+
+def measure_images(
     run: Run,
     x: Tensor,
     options: Evaluate | Encode | CompareRuns,
@@ -192,29 +238,33 @@ def evaluate_images(
     say: Say,
     compile: str = "auto",
     blocks: Blocks = Blocks(),  # noqa: B008  (frozen)
-) -> Importance:
+) -> Importance | ClassEvidence:
     """``evaluate`` of x (N, *E) with a progress bar, compiled if that is asked for and possible; the result on the CPU.
+
+    With labels it is of each image with each label.
 
     Raises ``Stopped`` where the blocks' ``should_stop`` says so, and ValueError where compile is "on", and it is
     impossible.
     """
     S, place = options.num_particles, find_device(options.device)
-    vae, x = load_evaluated_vae(run).to(place), x.to(place)
+    vae, rows = load_evaluated_vae(run).to(place), _rows_of(run, x.to(place))
     # Counted over the passes of all ranks and of earlier calls, so that every block is computed in the same way.
-    compiled = decide_compile(compile, math.ceil(len(x) * S / pairs_per_pass(vae, x)), place)
-    with _make_bar(len(x), words, sum(map(len, blocks.done.values()))) as bar, matmul_precision("float32"):
+    compiled = decide_compile(compile, math.ceil(len(rows) * S / pairs_per_pass(vae, rows)), place)
+    with _make_bar(len(rows), words, sum(map(len, blocks.done.values()))) as bar, matmul_precision("float32"):
         measure = partial(
-            evaluate, vae, x, num_particles=S, seed=options.seed, progress=bar.update, say=say, **blocks._asdict()
+            evaluate, vae, rows, num_particles=S, seed=options.seed, progress=bar.update, say=say, **blocks._asdict()
         )
+        found = None
         if compiled:
             say("Compiling the passes of the evaluation ...")
             try:
-                return measure(compile=True, on_compiled=lambda seconds: bar.unpause()).cpu()
+                found = measure(compile=True, on_compiled=lambda seconds: bar.unpause()).cpu()
             except CannotCapture as error:
                 if compile == "on":
                     raise ValueError(f"--compile on: {error}") from None
                 say(f"Not compiled: {error}.")
-        return measure().cpu()
+        found = measure().cpu() if found is None else found
+    return ClassEvidence.from_rows(found, vae.class_probs) if isinstance(vae, ConditionalVAE) else found
 
 
 def _make_bar(num_images: int, words: str, before: int = 0) -> tqdm:

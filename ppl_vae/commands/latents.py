@@ -17,8 +17,15 @@ from ppl_vae.evidence.estimate import Estimate, ImagesMean
 from ppl_vae.evidence.evaluation import evaluate, reconstruction
 from ppl_vae.evidence.missing import Imputation, Observed, impute
 from ppl_vae.evidence.moments import PosteriorMoments, encode, sample_latents
+from ppl_vae.labels import ConditionalVAE
 from ppl_vae.reports.figures.charts import latents_figure
-from ppl_vae.reports.figures.images import choose_display, draw_imputations, samples_figure
+from ppl_vae.reports.figures.images import (
+    choose_display,
+    draw_imputations,
+    name_classes,
+    samples_by_class,
+    samples_figure,
+)
 from ppl_vae.reports.text.evaluation import FEW_PARTICLES, describe_encoding, describe_imputation
 from ppl_vae.reports.text.pages import NOT_TRAINED_ON_PRIOR
 from ppl_vae.runs.build import is_autoencoder
@@ -30,6 +37,7 @@ from ppl_vae.runs.open import (
     Run,
     Say,
     check_density,
+    check_no_labels,
     load_evaluated_vae,
     load_given_images,
     open_run,
@@ -45,6 +53,7 @@ from ppl_vae.vae import VAE
 
 _NUM_LOWEST = 5
 _MOST_DRAWN = 256  # in samples.png
+_MOST_IN_ROW = 16
 
 
 def _describe_given(run: Run, given: Images, options: Encode | Impute) -> JsonObject:
@@ -79,6 +88,7 @@ def encode_images(options: Encode, *, say: Say) -> Path:
     is_split = options.images_path in SPLITS
     opened = open_run if is_split else open_run_or_export
     run = opened(options.run_dir, dataset=options.dataset, data_dir=options.data_dir, say=say)
+    check_no_labels(run, "code of an image without its label")
     find_device(options.device)
     given = load_given_images(run, options.images_path, most=options.images, seed=options.seed)
     holes = int(given.x.flatten(1).isnan().any(1).sum())
@@ -161,6 +171,7 @@ def impute_images(options: Impute, *, say: Say) -> Path:
     """
     run = open_run(options.run_dir, dataset=options.dataset, data_dir=options.data_dir, say=say)
     check_density(run, "p(x_missing | x_observed) to draw from")
+    check_no_labels(run, "imputation")
     place, S = find_device(options.device), options.num_particles
     vae = load_evaluated_vae(run).to(place)
     given = load_given_images(run, options.images_path, most=options.images, seed=options.seed)
@@ -309,6 +320,16 @@ def sample(vae: VAE, num_samples: int) -> Samples:
     return samples
 
 
+def sample_classes(vae: VAE, num_samples: int) -> tuple[Samples, Tensor | None]:
+    """``sample``; from a model of labelled images as many of each class, in order, with their labels (N,)."""
+    if not isinstance(vae, ConditionalVAE):
+        return sample(vae, num_samples), None
+    labels = (torch.arange(num_samples) * vae.num_classes) // num_samples
+    counts = labels.bincount(minlength=vae.num_classes).tolist()
+    parts = [sample(vae.fix_label(k), count) for k, count in enumerate(counts) if count]
+    return Samples(*(torch.cat(values) for values in zip(*parts, strict=True))), labels
+
+
 def sample_run(options: Sample, *, say: Say) -> Path:
     """Draws images from a run: samples.npz (``Samples``), samples.png, and images/0000.png and so on.
 
@@ -323,16 +344,21 @@ def sample_run(options: Sample, *, say: Say) -> Path:
         say(f"No samples of a model: these are decoded draws of N(0, I), {NOT_TRAINED_ON_PRIOR}.")
     folder = make_output_folder(options.output, run.folder / "samples")
     with seeded(options.seed, place):
-        samples = Samples(*(values.cpu() for values in sample(vae, options.num_samples)))
-    write_arrays(folder / "samples.npz", samples._asdict())
-    say(f"{options.num_samples:,} samples, z ~ p(z), x ~ p(x | z), seed {options.seed}, in {folder}:")
-    say("  samples.npz: z, mean E[x | z], and images x ~ p(x | z)")
+        drawn, labels = sample_classes(vae, options.num_samples)
+        samples = Samples(*(values.cpu() for values in drawn))
+    given = "" if labels is None else " | y"
+    write_arrays(folder / "samples.npz", samples._asdict() | ({} if labels is None else {"labels": labels}))
+    say(f"{options.num_samples:,} samples, z ~ p(z{given}), x ~ p(x | z), seed {options.seed}, in {folder}:")
+    say("  samples.npz: z, mean E[x | z], and images x ~ p(x | z)" + ", and their labels y" * (labels is not None))
     if len(run.splits.event_shape) == 1:
         say("The data is a table, (N, D): there are no pictures.")
         return folder
     display = choose_display(run, None if len(run.splits.train) else samples.images)
     shown = Samples(*(values[:_MOST_DRAWN] for values in samples))
     figure = samples_figure(display, shown.mean, shown.images, autoencoder=is_autoencoder(run.options))
+    if labels is not None:
+        by_class = {name: samples.mean[labels == k][:_MOST_IN_ROW] for k, name in enumerate(name_classes(run))}
+        figure = samples_by_class(display, {name: means for name, means in by_class.items() if len(means)})
     write_figure(folder / "samples.png", figure)
     (folder / "images").mkdir(exist_ok=True)
     for old in (folder / "images").glob("[0-9]*.png"):
@@ -340,5 +366,6 @@ def sample_run(options: Sample, *, say: Say) -> Path:
     for i, image in enumerate(display.levels(samples.mean)):
         write_picture(folder / "images" / f"{i:04d}.png", image)
     first = f" of the first {_MOST_DRAWN}" if options.num_samples > _MOST_DRAWN else ""
-    say(f"  samples.png: means and images{first}; images/: a picture of each mean")
+    what = f"means and images{first}" if labels is None else f"at most {_MOST_IN_ROW} means of each class in a row"
+    say(f"  samples.png: {what}; images/: a picture of each mean")
     return folder

@@ -30,7 +30,7 @@ from ppl_vae.runs import hub
 from ppl_vae.runs.build import build_likelihood
 from ppl_vae.runs.checkpoints import get_step
 from ppl_vae.runs.load import find_run_folder, load, make_config
-from ppl_vae.runs.open import Run, Say, open_run, open_without_data
+from ppl_vae.runs.open import Run, Say, check_no_labels, open_run, open_without_data
 from ppl_vae.runs.outputs import check_new, make_folder, make_parent, write_figure
 from ppl_vae.runs.resolve import find_device
 from ppl_vae.runs.results import DIAGNOSIS, Diagnosis, read_diagnosis, read_per_image, to_json
@@ -53,6 +53,7 @@ def diagnose_run(options: Diagnose, *, say: Say) -> Diagnosis:
     not the test images, on which results are reported. Refuses fewer than 4 images.
     """
     run = open_run(options.run_dir, dataset=options.dataset, data_dir=options.data_dir, say=say)
+    check_no_labels(run, "diagnosis")
     with runs.lock_folder(run.folder):
         place = find_device(options.device)
         split = choose_split(run) if options.split is None else options.split
@@ -170,8 +171,8 @@ def report_run(options: Report, *, say: Say) -> Path:
     diagnosis = read_diagnosis(run.folder)
     if diagnosis is None or diagnosis.step != step:
         asked = Diagnose(str(run.folder), dataset=options.dataset, data_dir=options.data_dir)
-        is_enough = len(getattr(run.splits, choose_split(run))) >= FEWEST_IMAGES
-        diagnosis = diagnose_run(asked, say=say) if is_enough else None
+        can = run.options.condition == "none" and len(getattr(run.splits, choose_split(run))) >= FEWEST_IMAGES
+        diagnosis = diagnose_run(asked, say=say) if can else None
     runs.write_bytes(path, make_page(run, step, diagnosis, split=choose_split(run)).encode())
     say(f"The page of this run: {path}")
     return path

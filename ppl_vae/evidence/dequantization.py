@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import pyro.distributions as dist
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
 from ppl_vae.data import NUM_LEVELS, clamp_to_unit_interval, dequantize_uniformly
+from ppl_vae.labels import ConditionalVAE
 from ppl_vae.parts.likelihoods.base import independent_pixels
 from ppl_vae.parts.likelihoods.level_mass import has_exact_mass, log_level_mass
 from ppl_vae.protocols import LatentModel, check_latent_model
@@ -79,16 +81,16 @@ def levels_of(y: Tensor) -> Tensor:
 
 
 class LevelsLikelihood(nn.Module):
-    """p(x | z) of levels x: ``Dequantized`` for every pixel. z (..., L) -> batch (...), event E."""
+    """p(x | z) of levels x: ``Dequantized`` for every pixel. z (..., L), and a label -> batch (...), event E."""
 
-    def __init__(self, likelihood: Callable[[Tensor], Distribution], num_draws: int) -> None:
+    def __init__(self, likelihood: Callable[..., Distribution], num_draws: int) -> None:
         super().__init__()
         self.part = likelihood
         self.num_draws = num_draws
         self.floats_per_pixel = floats_per_pixel(likelihood) + 3 * num_draws
 
-    def forward(self, z: Tensor) -> dist.Independent:
-        return mass_of_levels(self.part(z), self.num_draws)
+    def forward(self, z: Tensor, *label: Tensor) -> dist.Independent:
+        return mass_of_levels(self.part(z, *label), self.num_draws)
 
 
 def mass_of_levels(p_x: dist.TorchDistribution, num_draws: int = 16) -> dist.Independent:
@@ -98,18 +100,18 @@ def mass_of_levels(p_x: dist.TorchDistribution, num_draws: int = 16) -> dist.Ind
 
 
 class LevelsPosterior(nn.Module):
-    """q(z | (x + u) / 256) for levels x (B, *E), with one draw of u."""
+    """q(z | (x + u) / 256) for levels x (B, *E), and a label, with one draw of u."""
 
-    def __init__(self, posterior: Callable[[Tensor], Distribution]) -> None:
+    def __init__(self, posterior: Callable[..., Distribution]) -> None:
         super().__init__()
         self.part = posterior
 
-    def forward(self, x: Tensor) -> Distribution:
-        return self.part(dequantize_uniformly(x))
+    def forward(self, x: Tensor, *label: Tensor) -> Distribution:
+        return self.part(dequantize_uniformly(x), *label)
 
 
 def dequantized(vae: LatentModel, *, num_draws: int = 16) -> VAE:
-    """A VAE that was trained on (x + u) / 256, as a model of levels x in {0, ..., 255}^E.
+    """A VAE, or a conditional one, that was trained on (x + u) / 256, as a model of levels x in {0, ..., 255}^E.
 
     Its log-weights are log P^(x | z) + log p(z) - log q(z | x) (see ``Dequantized``), so that ``log_evidence`` bounds
     the log-mass of the levels. Bits per dimension are -log P(x) / (D log 2). The weights are shared.
@@ -123,12 +125,15 @@ def dequantized(vae: LatentModel, *, num_draws: int = 16) -> VAE:
 
     Reference: Theis et al. 2016, arXiv 1511.01844, section 3.1 (the bound).
     """
-    check_latent_model(vae)
+    if not isinstance(vae, ConditionalVAE):
+        check_latent_model(vae)
     num_draws = check_count("num_draws", num_draws)
     family = getattr(vae.likelihood, "family", None)
     if getattr(family, "measure", "density") != "density":
         raise ValueError(
             f"vae: expected a density of pixels, got {type(family).__name__}, a mass, which needs no draws"
         )
-    levels = VAE(vae.prior, LevelsLikelihood(vae.likelihood, num_draws), LevelsPosterior(vae.posterior))
-    return levels.train(vae.training)
+    parts = vae.prior, LevelsLikelihood(vae.likelihood, num_draws), LevelsPosterior(vae.posterior)
+    if isinstance(vae, ConditionalVAE):
+        return cast(VAE, ConditionalVAE(*parts, vae.class_probs).train(vae.training))
+    return VAE(*parts).train(vae.training)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -20,14 +21,25 @@ from ppl_vae.diagnostics.pictures import (
 )
 from ppl_vae.evidence.importance import gather_log_weights
 from ppl_vae.evidence.moments import PosteriorMoments, encode, mean_or_draw
+from ppl_vae.labels import ConditionalVAE
 from ppl_vae.reports.figures.charts import (
     bound_by_particles,
+    confusion_table,
     latents_figure,
     likelihood_histogram,
     pixel_calibration,
     training_curves,
 )
-from ppl_vae.reports.figures.images import Display, Images, choose_display, samples_figure, show_rows
+from ppl_vae.reports.figures.images import (
+    MOST_CLASSES,
+    Display,
+    Images,
+    choose_display,
+    name_classes,
+    samples_by_class,
+    samples_figure,
+    show_rows,
+)
 from ppl_vae.reports.figures.measurements import draw_aggregate, draw_latents, draw_noise
 from ppl_vae.reports.text.pages import TITLES
 from ppl_vae.runs.build import is_autoencoder
@@ -35,9 +47,10 @@ from ppl_vae.runs.command_results import LikelihoodRow
 from ppl_vae.runs.load import load
 from ppl_vae.runs.open import Run, Say, load_evaluated_vae
 from ppl_vae.runs.outputs import write_figure
-from ppl_vae.runs.results import PerImage, read_per_image
+from ppl_vae.runs.results import LabelledEvaluation, PerImage, read_evaluation, read_per_image
 from ppl_vae.runtime import numerics
 from ppl_vae.runtime.global_state import seeded
+from ppl_vae.runtime.records import Records
 from ppl_vae.vae import VAE
 
 _FIGURE_SEED = 0
@@ -113,8 +126,17 @@ def _has_images(run: Run) -> bool:
     return len(run.splits.event_shape) > 1
 
 
+def _takes_labels(run: Run) -> bool:
+    return run.options.condition != "none"
+
+
+def _has_codes(run: Run) -> bool:
+    """Whether an image has a code by itself, without a label."""
+    return _has_images(run) and not _takes_labels(run)
+
+
 def _has_plane(run: Run) -> bool:
-    return _has_images(run) and run.options.latent_dim == 2 and not run.options.upper_latents
+    return _has_codes(run) and run.options.latent_dim == 2 and not run.options.upper_latents
 
 
 # --- What they are drawn from ---
@@ -141,6 +163,16 @@ class _Scene:
         """Indices of some test images in random order, since the file may be sorted by class."""
         index = data.subset(len(self.x), _NUM_SHOWN)
         return index[torch.randperm(len(index), generator=torch.Generator().manual_seed(_FIGURE_SEED))]
+
+    @property
+    def labelled(self) -> Any:
+        """The VAE, whose parts also take ``labels``."""
+        return self.vae
+
+    @cached_property
+    def labels(self) -> tuple[Tensor, ...]:
+        """The labels of the shown images, (n,), if the model takes them."""
+        return (self.run.splits.labels["test"][self.shown],) if _takes_labels(self.run) else ()
 
     @cached_property
     def display(self) -> Display:
@@ -169,15 +201,39 @@ def _training_curves(scene: _Scene) -> Figure:
 
 def _reconstructions(scene: _Scene) -> Figure:
     x = scene.x[scene.shown]
-    decoded = scene.vae.likelihood(scene.vae.posterior(x).sample())
+    decoded = scene.labelled.likelihood(scene.labelled.posterior(x, *scene.labels).sample(), *scene.labels)
     rows = {"test image x": x, "E[x | z]": decoded.mean, "x ~ p(x | z)": decoded.sample()}
     return show_rows(scene.display, rows, "reconstructions")
 
 
 def _prior_samples(scene: _Scene) -> Figure:
+    if isinstance(scene.vae, ConditionalVAE):
+        means = {name: sample_means(scene.vae.fix_label(k)) for k, name in enumerate(name_classes(scene.run))}
+        return samples_by_class(scene.display, means)
     decoded = scene.vae.likelihood(scene.vae.prior().expand((_NUM_SAMPLES,)).sample())
     autoencoder = is_autoencoder(scene.run.options)
     return samples_figure(scene.display, decoded.mean, decoded.sample(), autoencoder=autoencoder)
+
+
+def sample_means(vae: VAE, num_samples: int = _NUM_SHOWN) -> Tensor:
+    """(n, *E) E[x | z] for z ~ p(z)."""
+    return vae.likelihood(vae.prior().expand((num_samples,)).sample()).mean
+
+
+def _classes(scene: _Scene) -> Figure:
+    """The code of each shown image, given its label, decoded with every label."""
+    vae, x = scene.labelled, scene.x[scene.shown]
+    z, names = vae.posterior(x, *scene.labels).sample(), name_classes(scene.run)[:MOST_CLASSES]
+    rows = {"test image x": x}
+    rows |= {f"as {name}": vae.likelihood(z, torch.full((len(x),), k)).mean for k, name in enumerate(names)}
+    return show_rows(scene.display, rows, "classes")
+
+
+def _confusion(scene: _Scene) -> Figure:
+    found = read_evaluation(scene.run.folder)
+    assert isinstance(found, LabelledEvaluation)
+    title = TITLES["confusion"].format(found=found, percent=100 * found.accuracy.mean)
+    return confusion_table(found.confusion, name_classes(scene.run), title=title)
 
 
 def _interpolations(scene: _Scene) -> Figure:
@@ -247,10 +303,13 @@ def _extremes(scene: _Scene, stored: PerImage) -> dict[str, tuple[Images, list[s
 
 
 def _particles(scene: _Scene) -> Figure:
-    x = scene.x[data.subset(len(scene.x), _PARTICLE_IMAGES)]
-    log_weights = gather_log_weights(scene.vae, x, _PARTICLES[-1])
+    index = data.subset(len(scene.x), _PARTICLE_IMAGES)
+    x = scene.x[index]
+    given = Records(x, scene.run.splits.labels["test"][index]) if _takes_labels(scene.run) else x
+    log_weights = gather_log_weights(scene.vae, given, _PARTICLES[-1])
     bounds = numerics.bound_by_particles(log_weights, _PARTICLES)
-    return bound_by_particles(_PARTICLES, bounds, title=TITLES["particles"].format(num_images=len(x)))
+    what = "log p(x | y)" if _takes_labels(scene.run) else "log p(x)"
+    return bound_by_particles(_PARTICLES, bounds, title=TITLES["particles"].format(what=what, num_images=len(x)))
 
 
 # By the name of its file: which runs have a figure, and how it is drawn.
@@ -258,10 +317,12 @@ _FIGURES: dict[str, tuple[Callable[[Run], bool], Callable[[_Scene], Figure]]] = 
     "training_curves.png": (_has_curves, _training_curves),
     "reconstructions.png": (_has_images, _reconstructions),
     "prior_samples.png": (_has_images, _prior_samples),
-    "interpolations.png": (lambda run: _has_images(run) and len(run.splits.test) > 1, _interpolations),
-    "traversals.png": (_has_images, _traversals),
+    "classes.png": (lambda run: _has_images(run) and _takes_labels(run), _classes),
+    "confusion.png": (lambda run: isinstance(read_evaluation(run.folder), LabelledEvaluation), _confusion),
+    "interpolations.png": (lambda run: _has_codes(run) and len(run.splits.test) > 1, _interpolations),
+    "traversals.png": (_has_codes, _traversals),
     "manifold.png": (_has_plane, _manifold),
-    "latents.png": (lambda run: True, _latents),
+    "latents.png": (lambda run: not _takes_labels(run), _latents),
     "log_likelihoods.png": (lambda run: read_per_image(run.folder, "test") is not None, _log_likelihoods),
     "particles.png": (lambda run: not is_autoencoder(run.options), _particles),
 }

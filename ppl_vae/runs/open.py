@@ -110,6 +110,15 @@ def check_density(run: Run, what: str) -> None:
         )
 
 
+def check_no_labels(run: Run, what: str) -> None:
+    """Raises ValueError for a model that takes labels."""
+    if run.options.condition != "none":
+        raise ValueError(
+            f"{run.folder}: expected a model of images alone, got --condition {run.options.condition}, for which there "
+            f"is no {what}; evaluate, compare-runs, sample, report and export take it"
+        )
+
+
 def open_run(
     run_dir: str,
     *,

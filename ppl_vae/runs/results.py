@@ -187,6 +187,22 @@ class Evaluation(ImportanceSummary, Provenance):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LabelledEvaluation(Evaluation):
+    """The evaluation of a model of labelled images. log p(x) sums p(x | y) over the labels exactly.
+
+    The classifier is p(y | x) = p(y) p(x | y) / p(x), with the training frequencies p(y). Nats per image.
+    """
+
+    log_likelihood_given_label: Estimate  # log p(x | y) for the image's label y, the bound L_S
+    elbo_given_label: Estimate
+    accuracy: Estimate  # the share of images whose most probable label is their own
+    log_prob_label: Estimate  # log p(y | x) of the image's label
+    confusion: tuple[tuple[int, ...], ...]  # images of each class (row) that are taken for each class (column)
+    class_probs: tuple[float, ...]  # p(y)
+    class_names: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Diagnosis(Provenance):
     """The diagnosis of a run on images of a split: diagnosis.json. The worst verdict is the first."""
 
@@ -212,7 +228,16 @@ DIAGNOSIS = "diagnosis.json"
 def read_evaluation(folder: Path, split: str = "test") -> Evaluation | None:
     """The evaluation of a split in evaluation.json; None where there is none. Raises ValueError for a damaged one."""
     entry = runs.read_evaluations(folder).get(split)
-    return None if entry is None else _from_file(folder / runs.EVALUATION, Evaluation, entry)
+    return None if entry is None else _from_file(folder / runs.EVALUATION, _evaluation_kind(entry), entry)
+
+
+def read_entry(entry: Any) -> Evaluation:
+    """An evaluation from its entry of evaluation.json, an object; as ``from_json``."""
+    return from_json(_evaluation_kind(entry), entry)
+
+
+def _evaluation_kind(entry: Mapping[str, object]) -> type[Evaluation]:
+    return LabelledEvaluation if "accuracy" in entry else Evaluation
 
 
 def read_diagnosis(folder: Path) -> Diagnosis | None:

@@ -66,6 +66,38 @@ class Records:
         return Records(self.x.to(target), *(tensor.to(device) for tensor in self.further))
 
 
+class EachLabel(Records):
+    """N images with each of the labels 0 to K - 1: N K records, image by image, and no copies of the images.
+
+    >>> data = EachLabel(torch.zeros(3, 28, 28), 10)
+    >>> len(data), data[:12].further[0].tolist()
+    (30, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1])
+
+    Args:
+        x: (N, *E).
+        num_classes: K.
+    """
+
+    def __init__(self, x: Tensor, num_classes: int) -> None:
+        self._places = torch.arange(len(x) * num_classes, device=x.device)
+        self._num_classes = num_classes
+        super().__init__(x)
+
+    @property
+    def shape(self) -> Size:
+        return Size((len(self), *self.x.shape[1:]))
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, rows: slice | Tensor) -> Records:
+        places = self._places[rows]
+        return Records(self.x[places // self._num_classes], places % self._num_classes)
+
+    def split(self, size: int) -> list[Records]:
+        return [self[start : start + size] for start in range(0, len(self), size)]
+
+
 Data: TypeAlias = Tensor | Records  # images (N, *E), alone or with further tensors
 
 

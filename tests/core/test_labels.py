@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from ppl_vae import Records, fit, log_evidence, log_weights
 from ppl_vae.conditional import Conditional
-from ppl_vae.evidence.dequantization import dequantized
+from ppl_vae.evidence.missing import Observed
 from ppl_vae.labels import ConditionalVAE
 from ppl_vae.parts.labelled import ClassFlow, ClassNormals, LabelledDecoder, LabelledEncoder, append_label
 from ppl_vae.parts.networks import MLP
@@ -77,7 +77,7 @@ def test_the_model_of_a_label_that_is_no_class_is_refused():
 
 def test_functions_of_a_model_without_labels_refuse_one_with_labels():
     with pytest.raises(ValueError, match="takes labels"):
-        dequantized(exact_vae())
+        Observed(exact_vae())
 
 
 def test_a_label_is_appended_as_a_one_hot_vector_and_an_unknown_one_as_zeros():

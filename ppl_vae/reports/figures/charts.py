@@ -23,6 +23,7 @@ from ppl_vae.reports.text.pages import NO_ACTIVE_LATENT, TITLES
 _COLUMNS = 4  # of a table of calibrations
 _PRIOR_SHOWN = 2000  # draws
 _MOST_CLASSES = 20  # in the legend: the colors of more could not be told apart
+_MOST_NUMBERED = 20  # classes of a table that shows its counts
 
 
 def make_figure(title: str, *, width: float = 9.0, height: float = 3.4) -> Figure:
@@ -139,6 +140,24 @@ def bound_by_particles(sizes: Sequence[int], bounds: Tensor, *, title: str) -> F
     left.legend(fontsize=8)
     left.set_ylabel("L_s, nats per image")
     right.set_ylabel("L_s - ELBO on the same images, nats")
+    return figure
+
+
+def confusion_table(counts: Sequence[Sequence[int]], names: Sequence[str], *, title: str) -> Figure:
+    """Counts of images (K x K) by their class (row) and the class that they are taken for (column)."""
+    K = len(names)
+    figure = make_figure(title, width=max(4.5, 0.55 * K + 1.5), height=max(4.0, 0.45 * K + 1.5))
+    axes = figure.add_subplot()
+    shares = np.array(counts, dtype=float)
+    shares /= np.maximum(shares.sum(1, keepdims=True), 1)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for i, row in enumerate(counts if K <= _MOST_NUMBERED else ()):
+        for j, count in enumerate(row):
+            color = "white" if shares[i, j] > 0.5 else "black"
+            axes.text(j, i, f"{count}" if count else "", ha="center", va="center", color=color, fontsize=8)
+    axes.set(xlabel="most probable label", ylabel="label")
+    axes.set_xticks(range(K), names, rotation=90 if max(map(len, names)) > 2 else 0)
+    axes.set_yticks(range(K), names)
     return figure
 
 

@@ -30,6 +30,7 @@ _MOST_ELONGATED = 5.0
 _LINE = 0.75  # the gray of the line around an image
 _INCHES_A_TITLE_LETTER = 0.08
 _LARGEST = 15.0  # inches
+MOST_CLASSES = 20  # rows of a figure with one for each class
 
 _DISPLAY_IMAGES = 500
 _DISPLAY_SHARES = (0.005, 0.995)
@@ -97,6 +98,16 @@ def samples_figure(display: Display, means: Tensor, images: Tensor, *, autoencod
     grids = {"means E[x | z]": display(means), "images x ~ p(x | z)": display(images)}
     title = TITLES["prior-samples-autoencoder" if autoencoder else "prior-samples"] + display.words
     return image_grids(grids, columns=math.ceil(math.sqrt(len(means))), title=title)
+
+
+def name_classes(run: Run) -> list[str]:
+    """The names of the classes of a model of labelled images, or their numbers."""
+    return list(run.splits.class_names) or [str(k) for k in range(run.options.classes or 0)]
+
+
+def samples_by_class(display: Display, means: Mapping[str, Tensor]) -> Figure:
+    """A row of means E[x | z, y] (n, *E) for each of the first classes, by its name."""
+    return show_rows(display, {name: means[name] for name in list(means)[:MOST_CLASSES]}, "samples-by-class")
 
 
 def image_rows(rows: Mapping[str, Images], *, title: str, columns: Sequence[str] = ()) -> Figure:

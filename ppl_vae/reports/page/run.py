@@ -36,7 +36,7 @@ def make_page(run: Run, step: int, diagnosis: Diagnosis | None, *, split: str) -
         explorer = page.text(text.NO_EXPLORER.format(reason=make_sentence(str(error))))
     blocks: dict[str, Sequence[str]] = {
         "likelihood": _likelihood(run, step),
-        "verdicts": _verdicts(run, diagnosis, split),
+        "verdicts": _verdicts(run, diagnosis, split) if run.options.condition == "none" else [],
         "explore": [explorer],
         "figures": _pictures(run, figure_names(run)),
         "diagnosis": _pictures(run, list(text.DIAGNOSIS_FIGURES)) if diagnosis else [],

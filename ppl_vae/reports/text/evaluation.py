@@ -17,7 +17,7 @@ from ppl_vae.reports.text import (
 from ppl_vae.runs.certificates import Bound, Certificate, ConvergenceCurve
 from ppl_vae.runs.command_results import Encoding, ImputationSummary
 from ppl_vae.runs.files import JsonObject
-from ppl_vae.runs.results import Evaluation
+from ppl_vae.runs.results import Evaluation, LabelledEvaluation
 
 # Below this Pareto k-hat the weights have a variance, which the delta method and the jackknife assume.
 _K_WITH_VARIANCE = 0.5
@@ -30,6 +30,7 @@ _ONE_PARTICLE = 1.5  # with fewer effective particles, most draws are of one z
 
 NOT_A_LOG_LIKELIHOOD = "not a log-likelihood; the guide is deterministic, an autoencoder has no density"
 
+_MOST_CONFUSIONS = 3
 _MOST_NAMED = 12  # unreliable images of a certificate
 _STDERRS = 3.0
 _STARTS = {"guide": "the guide", "prior": "the prior", "normal": "a normal with the guide's moments"}
@@ -58,6 +59,8 @@ def describe_evaluation(found: Evaluation) -> list[str]:
         f"log-likelihood {plus_minus(found.log_likelihood)} nats per image: the importance-weighted bound L_{S}, "
         "in expectation below log p(x)"
     ]
+    if isinstance(found, LabelledEvaluation):
+        lines += _describe_classes(found)
     if found.bits_per_dim is not None:
         lines.append(f"  at most {plus_minus(found.bits_per_dim, 4)} bits per dimension, by that bound")
     lines += [
@@ -84,9 +87,27 @@ def describe_evaluation(found: Evaluation) -> list[str]:
     if S >= 10:
         gain = format_number(found.rise, 3)
         lines.append(f"  ten times the particles, S = {S // 10:,} to {S:,}, gained {gain} nats")
+    lines.append(f"  unreliable images (jackknife above {UNRELIABLE_BIAS} nats): {found.unreliable_images:,} of {n:,}")
+    return lines
+
+
+def _describe_classes(found: LabelledEvaluation) -> list[str]:
+    """What the labels say: log p(x | y), and the classifier p(y | x)."""
+    K, names = len(found.class_probs), found.class_names
+    wrong = [(count, i, j) for i, row in enumerate(found.confusion) for j, count in enumerate(row) if i != j and count]
+    name = [names[i] if names else str(i) for i in range(K)]
+    confused = ", ".join(
+        f"{name[i]} for {name[j]} ({count} of {sum(found.confusion[i]):,})"
+        for count, i, j in sorted(wrong, key=lambda each: -each[0])[:_MOST_CONFUSIONS]
+    )
     return [
-        *lines,
-        f"  unreliable images (jackknife above {UNRELIABLE_BIAS} nats): {found.unreliable_images:,} of {n:,}",
+        f"  log p(x) = log sum_y p(y) p(x | y) over {K} labels, with their frequencies in training as p(y)",
+        f"  given the right label: log p(x | y) {plus_minus(found.log_likelihood_given_label)}, its ELBO "
+        f"{plus_minus(found.elbo_given_label)}",
+        f"  the most probable label by p(y | x) = p(y) p(x | y) / p(x) is right for "
+        f"{100 * found.accuracy.mean:.2f} ± {100 * (found.accuracy.stderr or 0):.2f} % of the images; "
+        f"log p(y | x) {plus_minus(found.log_prob_label, 3)}",
+        *([f"  taken most often: {confused}"] if confused else []),
     ]
 
 

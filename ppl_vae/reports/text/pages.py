@@ -22,13 +22,16 @@ TITLES = {
     "prior-samples": "Samples from the prior, z ~ p(z)",
     "prior-samples-autoencoder": "No samples of a model: decoded draws of the prior, z ~ N(0, I),\n"
     f"{NOT_TRAINED_ON_PRIOR}",
+    "samples-by-class": "Samples of each class, E[x | z, y] for z ~ p(z | y)",
+    "classes": "E[x | z, y]: the code of a test image given its label, decoded with every label y",
+    "confusion": "{found.num_images:,} test images by their\nlabel and the most probable\nlabel: {percent:.2f} % are right",
     "interpolations": "E[x | z] on the line between the codes of two test images",
     "traversals": "E[x | z] as the code of test image no. {place}, the most central one, moves along one direction at "
     "a time\nacross: standard deviations of the codes; 0 is the reconstruction of the image\nrows: principal "
     "directions of {num_images:,} posterior means, and their share of the variance",
     "manifold": "E[x | z] over the plane of two latents, at equal steps of each latent's prior probability; across: z0",
     "log-likelihoods": "{name}: log p(x) of {num_images:,} test images",
-    "particles": "The bound L_s on log p(x) by its number of importance samples s\n"
+    "particles": "The bound L_s on {what} by its number of importance samples s\n"
     "{num_images:,} test images; bars are standard errors over images",
     "latents": "Posterior means of {num_images:,} {kind}s",
     "latents-chosen": "Posterior means of {num_images:,} {kind}s,\nin the two of {num_latents} latents with the "
@@ -69,6 +72,9 @@ FIGURES = {
     "are lost.",
     "prior_samples.png": "What the decoder makes of draws from the prior. A VAE's should look like the data, and "
     "differ from each other; an autoencoder was never trained on them.",
+    "classes.png": "One code under every label: what the code holds beyond the label, such as slant and width, should "
+    "stay.",
+    "confusion.png": "The classifier that follows from the densities. It was never trained to classify.",
     "interpolations.png": "Straight lines between the codes of two images. Each step should be one image, not two laid "
     "over each other.",
     "traversals.png": "From the code of the most central test image along the principal directions of all codes, as "

@@ -24,7 +24,7 @@ from ppl_vae.runs.load import is_export
 from ppl_vae.runs.open import Run
 from ppl_vae.runs.options import Options
 from ppl_vae.runs.resolve import validation_particles
-from ppl_vae.runs.results import Evaluation, from_json
+from ppl_vae.runs.results import from_json, read_entry
 from ppl_vae.runtime.errors import pluralize
 from ppl_vae.runtime.numerics import mean_and_variance
 from ppl_vae.training import TrainingState
@@ -47,6 +47,8 @@ def describe_model(run: Run) -> list[str]:
         f"{guide}, objective {options.objective}, binarization {options.binarization}, likelihood "
         f"{options.likelihood}{transform} (a {likelihood.measure})"
     ]
+    if options.classes is not None:
+        lines.append(f"Each image has one of {options.classes} labels y: training and validation are of log p(x | y).")
     if len(splits.event_shape) == 3 and splits.event_shape[0] == 3 and run.binarization != "none":
         lines.append(
             "Each color channel becomes 0 or 1 here, which is not how photos look; --likelihood "
@@ -249,7 +251,7 @@ def _describe_numbers(run: Run, evaluations: Mapping[str, object]) -> str:
     parts = [] if is_autoencoder(run.options) else [words]
     try:
         for key in filter(evaluations.__contains__, SPLITS):
-            parts.append(block(describe_evaluation(from_json(Evaluation, evaluations[key]))))
+            parts.append(block(describe_evaluation(read_entry(evaluations[key]))))
         for key in sorted(key for key in evaluations if key.startswith(CERTIFICATE)):
             words = block(describe_certificate(from_json(Certificate, evaluations[key])))
             parts.append(f"Certificate, {code(key.removeprefix(CERTIFICATE))} split:\n\n{words}")

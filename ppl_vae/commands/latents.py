@@ -357,7 +357,8 @@ def sample_run(options: Sample, *, say: Say) -> Path:
     shown = Samples(*(values[:_MOST_DRAWN] for values in samples))
     figure = samples_figure(display, shown.mean, shown.images, autoencoder=is_autoencoder(run.options))
     if labels is not None:
-        by_class = {name: samples.mean[labels == k][:_MOST_IN_ROW] for k, name in enumerate(name_classes(run))}
+        length = min(_MOST_IN_ROW, max(1, len(labels) // len(labels.unique())))  # all rows have as many
+        by_class = {name: samples.mean[labels == k][:length] for k, name in enumerate(name_classes(run))}
         figure = samples_by_class(display, {name: means for name, means in by_class.items() if len(means)})
     write_figure(folder / "samples.png", figure)
     (folder / "images").mkdir(exist_ok=True)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import pyro.distributions as dist
 import pytest
 import torch
-from oracles import LinearGaussian, NormalFixed
-from torch import nn
+from labelled_model import CLASSES, PROBS, D, K, L, exact_vae, labelled_images, log_p_x_given_y
+from oracles import NormalFixed
 from torch.testing import assert_close
 
 from ppl_vae import Records, fit, log_evidence, log_weights
@@ -19,42 +18,6 @@ from ppl_vae.parts.posteriors import DiagonalNormal
 from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.options import Options
 from ppl_vae.training import Optimizer
-
-K, D, L = 3, 6, 2
-CLASSES = [LinearGaussian.random(D=D, L=L, seed=k) for k in range(K)]
-PROBS = torch.tensor([0.5, 0.2, 0.3]).double()
-
-
-class OfClass(nn.Module):
-    """One part of the VAE of each class, chosen by the label of each image."""
-
-    def __init__(self, part):
-        super().__init__()
-        self.part = part
-
-    def forward(self, c, y):
-        normals = [getattr(one.vae(), self.part)(c).base_dist for one in CLASSES]
-        loc, scale = (
-            torch.stack([getattr(n, name).expand(n.batch_shape) for n in normals]) for name in ("loc", "scale")
-        )
-        pick = y.expand(loc.shape[1:-1])[None, ..., None].expand(1, *loc.shape[1:])
-        return dist.Normal(loc.gather(0, pick)[0], scale.gather(0, pick)[0]).to_event(1)
-
-
-def exact_vae():
-    """The conditional model whose guide is the exact posterior."""
-    normals = ClassNormals(K, L).double()
-    return ConditionalVAE(normals, OfClass("likelihood"), OfClass("posterior"), PROBS)
-
-
-def labelled_images(N=12):
-    y = torch.arange(N) % K
-    return torch.stack([CLASSES[k].draw(1, seed=i)[0] for i, k in enumerate(y)]), y
-
-
-def log_p_x_given_y(x):
-    """(N, K) in closed form."""
-    return torch.stack([one.log_evidence(x) for one in CLASSES], dim=1)
 
 
 def test_log_weights_with_the_exact_guide_are_log_p_of_the_image_given_its_label():

@@ -24,7 +24,7 @@ TITLES = {
     f"{NOT_TRAINED_ON_PRIOR}",
     "samples-by-class": "Samples of each class, E[x | z, y] for z ~ p(z | y)",
     "classes": "E[x | z, y]: the code of a test image given its label, decoded with every label y",
-    "confusion": "{found.num_images:,} test images by their\nlabel and the most probable\nlabel: {percent:.2f} % are right",
+    "confusion": "{found.num_images:,} test images by label\nand by most probable label\n{percent:.2f} % are right",
     "interpolations": "E[x | z] on the line between the codes of two test images",
     "traversals": "E[x | z] as the code of test image no. {place}, the most central one, moves along one direction at "
     "a time\nacross: standard deviations of the codes; 0 is the reconstruction of the image\nrows: principal "

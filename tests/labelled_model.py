@@ -1,0 +1,47 @@
+"""A conditional model of one linear-Gaussian per class, whose guide is the exact posterior."""
+
+from __future__ import annotations
+
+import pyro.distributions as dist
+import torch
+from oracles import LinearGaussian
+from torch import Tensor, nn
+
+from ppl_vae.labels import ConditionalVAE
+from ppl_vae.parts.labelled import ClassNormals
+
+K, D, L = 3, 6, 2
+CLASSES = [LinearGaussian.random(D=D, L=L, seed=k) for k in range(K)]
+PROBS = torch.tensor([0.5, 0.2, 0.3]).double()
+
+
+class OfClass(nn.Module):
+    """One part of the VAE of each class, chosen by the label of each image."""
+
+    def __init__(self, part: str) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, c: Tensor, y: Tensor) -> dist.Independent:
+        normals = [getattr(one.vae(), self.part)(c).base_dist for one in CLASSES]
+        loc, scale = (
+            torch.stack([getattr(n, name).expand(n.batch_shape) for n in normals]) for name in ("loc", "scale")
+        )
+        pick = y.expand(loc.shape[1:-1])[None, ..., None].expand(1, *loc.shape[1:])
+        return dist.Normal(loc.gather(0, pick)[0], scale.gather(0, pick)[0]).to_event(1)
+
+
+def exact_vae() -> ConditionalVAE:
+    """The model whose log-weights are log p(x | y)."""
+    return ConditionalVAE(ClassNormals(K, L).double(), OfClass("likelihood"), OfClass("posterior"), PROBS)
+
+
+def labelled_images(N: int = 12) -> tuple[Tensor, Tensor]:
+    """(N, D) draws of the classes in turn, and their labels."""
+    y = torch.arange(N) % K
+    return torch.stack([CLASSES[k].draw(1, seed=i)[0] for i, k in enumerate(y)]), y
+
+
+def log_p_x_given_y(x: Tensor) -> Tensor:
+    """(N, K) in closed form."""
+    return torch.stack([one.log_evidence(x) for one in CLASSES], dim=1)

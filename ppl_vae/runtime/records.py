@@ -85,6 +85,7 @@ class EachLabel(Records):
 
     @property
     def shape(self) -> Size:
+        """(N K, *E)."""
         return Size((len(self), *self.x.shape[1:]))
 
     def __len__(self) -> int:
@@ -95,6 +96,7 @@ class EachLabel(Records):
         return Records(self.x[places // self._num_classes], places % self._num_classes)
 
     def split(self, size: int) -> list[Records]:
+        """Records of ``size`` pairs of an image and a label each; the last may have fewer."""
         return [self[start : start + size] for start in range(0, len(self), size)]
 
 

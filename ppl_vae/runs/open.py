@@ -239,6 +239,6 @@ def load_given_images(run: Run, images_path: str, *, most: int | None, seed: int
     splits = tuple(splits[i] for i in places.tolist()) if splits else ()
     known = [split for split in splits if split in ("train", "validation")]
     if known:
-        seen = " and ".join(f"{known.count(split):,} in its {split} split" for split in sorted(set(known)))
-        notes += (f"training has seen {len(known):,} of these {len(kept):,} images, pixel by pixel the same: {seen}",)
+        seen = ", ".join(f"{known.count(split):,} in the {split} split" for split in sorted(set(known)))
+        notes += (f"training has seen {len(known):,} of {len(kept):,} images, pixel by pixel the same ({seen})",)
     return Images(source, x[places], None if labels is None else labels[places], kept, places, len(x), notes, splits)

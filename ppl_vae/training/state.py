@@ -49,6 +49,10 @@ class TrainingState:
         self.best_validation = -math.inf
         self.best_weights: dict[str, Tensor] = {}
 
+    def __repr__(self) -> str:
+        best = f", best validation {self.best_validation:.2f} nats per image at step {self.best_step:,}"
+        return f"TrainingState: {self.step:,} steps in {self.seconds:.1f} s{best * math.isfinite(self.best_validation)}"
+
     @contextmanager
     def evaluated_weights(self) -> Iterator[None]:
         """Replace the weights by their averages, if there are any, for the length of a block."""

@@ -27,7 +27,7 @@ from ppl_vae.runs.certificates import read_certificates
 from ppl_vae.runs.command_results import Compression
 from ppl_vae.runs.options import format_flag
 from ppl_vae.runs.recipes import Reproduction, read_reproductions
-from ppl_vae.runs.results import Diagnosis, Evaluation, from_json
+from ppl_vae.runs.results import Diagnosis, Evaluation, from_json, read_entry
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "scripts" / "results"
@@ -72,6 +72,10 @@ def code(lines: Sequence[str]) -> str:
 
 def default_run() -> str:
     return code(describe_evaluation(from_json(Evaluation, stored("default_run")["test"])))
+
+
+def labels() -> str:
+    return code(describe_evaluation(read_entry(stored("labels")["test"])))
 
 
 def diagnosis() -> str:
@@ -146,6 +150,15 @@ def missing_mnist() -> str:
     ]
     rows.append(["difference, paired", "", *(mean(found["difference"][kind]) for kind in ("complete", "half"))])
     return markdown(["trained on", "seconds", "complete test images", "half of their pixels"], rows)
+
+
+def quadrants() -> str:
+    found = stored("quadrants")["rows"]
+    rows = [
+        [given, mean(row["negative_log_likelihood"]), mean(row["change"]), f"{row['published']:.1f}"]
+        for given, row in found.items()
+    ]
+    return markdown(["quadrants given", "this VAE", "change from S / 10 to S", "Pyro's CVAE"], rows)
 
 
 def fifteen_minutes() -> str:
@@ -358,6 +371,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "networks": networks,
     "fifteen-minutes": fifteen_minutes,
     "imputation": imputation,
+    "quadrants": quadrants,
+    "labels": labels,
     "missing-mnist": missing_mnist,
     "published-ours": published_ours,
     "published-in-print": published_in_print,

@@ -72,8 +72,8 @@ FIGURES = {
     "are lost.",
     "prior_samples.png": "What the decoder makes of draws from the prior. A VAE's should look like the data, and "
     "differ from each other; an autoencoder was never trained on them.",
-    "classes.png": "One code under every label: what the code holds beyond the label, such as slant and width, should "
-    "stay.",
+    "classes.png": "One code under every label. Where rows are alike, the code holds the class itself, and the label "
+    "acts through p(z | y).",
     "confusion.png": "The classifier that follows from the densities. It was never trained to classify.",
     "interpolations.png": "Straight lines between the codes of two images. Each step should be one image, not two laid "
     "over each other.",

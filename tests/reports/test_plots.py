@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
+import pytest
 import torch
 from matplotlib.patches import Rectangle
 
+from ppl_vae.diagnostics.likelihood import NoiseSpectrum
 from ppl_vae.evidence.moments import PosteriorMoments
 from ppl_vae.reports.figures import charts, images
+from ppl_vae.reports.figures.measurements import draw_noise
 
 
 def gray(*levels, shape=(1, 4, 4)):
@@ -130,3 +135,18 @@ def test_training_curves_are_the_records():
     shown = {label: values for label, values in curves(left).items() if label != "best"}
     assert shown == {"training objective": [-130.0, -110.0], "validation ELBO": [-120.0, -105.0]}
     assert curves(right) == {"-E_q[log p(x | z)]": [100.0, 85.0], "KL(q(z | x) || p(z))": [20.0, 20.0]}
+
+
+# --- The noise of a diagnosis ---
+
+
+@pytest.mark.parametrize(("beta", "num_lines"), [(1.0, 2), (64.0, 1)])
+def test_thresholds_that_coincide_are_one_line_with_both_names(beta, num_lines):
+    noise = NoiseSpectrum(torch.linspace(70, 0.1, 64).double(), 1.2, 60, 3)
+    numbers = SimpleNamespace(
+        noise=noise, trained_with=SimpleNamespace(beta=beta), num_pixels=64, active=SimpleNamespace(count=0)
+    )
+    labels = [text.get_text() for text in draw_noise(numbers).axes[0].get_legend().get_texts()]
+    assert len(labels) == num_lines
+    assert "a mean over pixels" in labels[-1]
+    assert f"beta = {beta:g}" in labels[0]

@@ -21,7 +21,14 @@ from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.evaluation import evaluate
 from ppl_vae.reports.text.compression import describe_compression
 from ppl_vae.runs.build import build_likelihood
-from ppl_vae.runs.coded_file import CodedFile, Digest, describe_versions, find_versions, read_coded_file
+from ppl_vae.runs.coded_file import (
+    CodedFile,
+    compute_digest,
+    describe_versions,
+    find_versions,
+    read_coded_file,
+    start_digest,
+)
 from ppl_vae.runs.command_results import Compression
 from ppl_vae.runs.files import check_output, replace_file
 from ppl_vae.runs.load import find_run_folder, load
@@ -102,14 +109,14 @@ def decompress_file(options: Decompress, *, say: Say) -> Path:
     vae = load(folder)
     if _digest_weights(vae) != coded.weights:
         raise ValueError(f"{path}: expected the weights that it was compressed with, got others in {folder}")
-    if _digest_numbers(vae, coded.largest) != coded.numbers:
+    if compute_digest(compute_fingerprint(vae, largest=coded.largest)) != coded.numbers:
         here, there = map(describe_versions, (find_versions(), coded.versions))
         raise ValueError(
             f"{path}: this machine computes other numbers from the same weights ({here}) than the one that wrote it "
             f"({there}), and cannot decode it"
         )
     output = check_output(Path(options.output or path.with_name(path.name + ".npy")))
-    num_images, digest = sum(coded.sizes), Digest()
+    num_images, digest = sum(coded.sizes), start_digest()
     code = Code(coded.words, coded.initial_words, coded.sizes, np.zeros(0))
     arguments = {"largest": coded.largest, "num_particles": coded.num_particles, "seed": coded.seed}
     header = {"descr": coded.dtype.str, "fortran_order": False, "shape": (num_images, *coded.event_shape)}
@@ -121,13 +128,13 @@ def decompress_file(options: Decompress, *, say: Say) -> Path:
         np.lib.format.write_array_header_1_0(file, header)
         try:
             for x in decompress(vae, code, event_shape=coded.event_shape, **arguments):
-                array = x.numpy().astype(coded.dtype)
-                digest.update(array)
-                file.write(array.data)
+                content = x.numpy().astype(coded.dtype).tobytes()
+                digest.update(content)
+                file.write(content)
                 bar.update(len(x))
         except CannotDecode as error:
             raise ValueError(f"{path}: {error}") from None
-        if digest.finish() != coded.images:
+        if digest.digest() != coded.images:
             raise ValueError(f"{path}: the decoded images are not those that were compressed: their digest differs")
     say(f"{num_images:,} images from {path}, equal to those that were compressed, in {output}")
     return output
@@ -145,15 +152,13 @@ def _load_pixels(run: Run, options: Compress) -> Tensor:
 
 def _make_file(options: Compress, vae: VAE, x: Tensor, code: Code) -> CodedFile:
     largest = int(x.max())
-    dtype, images = np.min_scalar_type(largest), Digest()
-    for part in x.split(1000):
-        images.update(part.numpy().astype(dtype))
+    dtype = np.min_scalar_type(largest)
     return CodedFile(
         run=options.run_dir,
         versions=find_versions(),
         weights=_digest_weights(vae),
-        images=images.finish(),
-        numbers=_digest_numbers(vae, largest),
+        images=compute_digest(part.numpy().astype(dtype) for part in x.split(1000)),
+        numbers=compute_digest(compute_fingerprint(vae, largest=largest)),
         event_shape=tuple(x.shape[1:]),
         largest=largest,
         num_particles=options.num_particles,
@@ -165,17 +170,7 @@ def _make_file(options: Compress, vae: VAE, x: Tensor, code: Code) -> CodedFile:
 
 
 def _digest_weights(vae: VAE) -> bytes:
-    digest = Digest()
-    for _, w in sorted(vae.state_dict().items()):
-        digest.update(w)
-    return digest.finish()
-
-
-def _digest_numbers(vae: VAE, largest: int) -> bytes:
-    digest = Digest()
-    for values in compute_fingerprint(vae, largest=largest):
-        digest.update(values)
-    return digest.finish()
+    return compute_digest(w for _, w in sorted(vae.state_dict().items()))
 
 
 # --- Other formats ---

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import platform
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
@@ -57,7 +58,7 @@ class CodedFile:
         content += pack_integers(self.largest, self.num_particles, self.seed, self.initial_words)
         content += pack_integers(len(self.event_shape), *self.event_shape, len(runs), *runs)
         content += self.words.astype("<u4").tobytes()
-        content = _MAGIC + hashlib.blake2b(content, digest_size=_DIGEST_BYTES).digest() + content
+        content = _MAGIC + start_digest(content).digest() + content
         write_bytes(path, content)
         return len(content)
 
@@ -67,8 +68,8 @@ def read_coded_file(path: Path) -> CodedFile:
     file = io.BytesIO(path.read_bytes())
     if file.read(len(_MAGIC)) != _MAGIC:
         raise ValueError(f"{path}: expected a file of compressed images, got another")
-    digest, start = file.read(_DIGEST_BYTES), file.tell()
-    if hashlib.blake2b(file.getbuffer()[start:], digest_size=_DIGEST_BYTES).digest() != digest:
+    digest, content = file.read(_DIGEST_BYTES), file.getbuffer()[len(_MAGIC) + _DIGEST_BYTES :]
+    if start_digest(content).digest() != digest:
         raise ValueError(f"{path}: damaged or cut off: its digest is not that of its content")
     weights, images, numbers = (file.read(_DIGEST_BYTES) for _ in range(3))
     run, versions = (file.read(_unpack_integer(file)).decode() for _ in range(2))
@@ -134,17 +135,14 @@ def _find_version(name: str) -> str:
         return "unknown"
 
 
-class Digest:
-    """A digest of tensors and arrays, given one after the other."""
+def start_digest(content: bytes | memoryview = b"") -> hashlib.blake2b:
+    """A digest of this content, to which more can be added."""
+    return hashlib.blake2b(content, digest_size=_DIGEST_BYTES)
 
-    def __init__(self) -> None:
-        self._digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
 
-    def update(self, values: Tensor | NDArray[np.generic]) -> Digest:
-        """Add the bytes of the values."""
-        self._digest.update(np.ascontiguousarray(values).tobytes())
-        return self
-
-    def finish(self) -> bytes:
-        """The digest of what was given."""
-        return self._digest.digest()
+def compute_digest(arrays: Iterable[Tensor | NDArray[np.generic]]) -> bytes:
+    """The digest of the values of arrays, one after the other."""
+    digest = start_digest()
+    for values in arrays:
+        digest.update(np.asarray(values).tobytes())
+    return digest.digest()

@@ -87,7 +87,7 @@ class Coder:
             q = self._infer(x, following)
             z = self._push_swapping(stack, x, q, seed)
             return double_array(self._find_log_weights(x, z[None], q)[0])
-        z, j, log_w = self._make_latents(n - 1), np.zeros(n, dtype=np.int64), np.zeros(n)
+        z, j, log_w = np.zeros((n, self._num_latents), np.int64), np.zeros(n, np.int64), np.zeros(n)
         for part in self._split(n):
             z[part], j[part], log_w[part] = self._push_particles(stack, x[part], following, (*seed, part.start))
         self._push_pixels(stack, x, z)
@@ -99,7 +99,7 @@ class Coder:
         """The inverse of ``push``: images (n, *E)."""
         if self._swaps:
             return self._pop_swapping(stack, n, seed)
-        j, z = stack.pop_uniform(np.full(n, self.num_particles)), self._make_latents(n - 1)
+        j, z = stack.pop_uniform(np.full(n, self.num_particles)), np.zeros((n, self._num_latents), np.int64)
         self._prior.pop(stack, z)
         x = self._pop_pixels(stack, z)
         for part in reversed(self._split(n)):

@@ -121,27 +121,22 @@ def _make_mass(pixels: Distribution, num_rows: int, num_bits: int, is_bounded: b
         component = pixels.component_distribution
         parts = [pixels.mixture_distribution.logits, component.loc, component.log_scale]
     else:
-        return _TableMass(pixels, num_rows, num_bits, is_bounded)
+        return _make_table(pixels, num_rows, num_bits, is_bounded)
     return _LogisticMass(*(part[:num_rows].flatten(1, -2).double().numpy() for part in parts))
 
 
-class _TableMass:
+def _make_table(pixels: Distribution, num_rows: int, num_bits: int, is_bounded: bool) -> Mass:
     """Sums of masses by ``log_prob``; without a largest value, the last one takes what is beyond."""
-
-    def __init__(self, pixels: Distribution, num_rows: int, num_bits: int, is_bounded: bool) -> None:
-        shape = pixels.batch_shape
-        value = torch.arange(1 << num_bits, dtype=torch.float).reshape(-1, *[1] * len(shape))
-        log_p = pixels.log_prob(value.expand(-1, *shape))[:, :num_rows].flatten(2)
-        masses = log_p.double().exp().numpy()  # (values, R, D)
-        if not is_bounded:
-            masses[-1] += (1 - masses.sum(0)).clip(0)
-        self._masses = [masses]
-        for _ in range(num_bits - 1):
-            self._masses.append(self._masses[-1][::2] + self._masses[-1][1::2])
-
-    def __call__(self, places: Ints, num_bits: int) -> Floats:
-        found: Floats = np.take_along_axis(self._masses[num_bits], places[None], axis=0)[0]
-        return found
+    shape = pixels.batch_shape
+    value = torch.arange(1 << num_bits, dtype=torch.float).reshape(-1, *[1] * len(shape))
+    log_p = pixels.log_prob(value.expand(-1, *shape))[:, :num_rows].flatten(2)
+    masses = log_p.double().exp().numpy()  # (values, R, D)
+    if not is_bounded:
+        masses[-1] += (1 - masses.sum(0)).clip(0)
+    tables = [masses]
+    for _ in range(num_bits - 1):
+        tables.append(tables[-1][::2] + tables[-1][1::2])
+    return lambda places, k: np.take_along_axis(tables[k], places[None], axis=0)[0]
 
 
 @dataclass(frozen=True)

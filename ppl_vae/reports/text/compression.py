@@ -21,8 +21,8 @@ def describe_compression(found: Compression) -> list[str]:
         f"without {found.initial_bytes:,} initial ones, which come back too",
         f"  {describe_sample(images, found, found.seed)}; K = {K}",
         f"  the {bound} of the same images predicts {-found.bound.mean / to_bits:.4f} "
-        f"({plus_minus(found.bound)} nats per image), so the file is longer by {100 * found.excess:.2f}%",
-        f"  coding costs {100 * found.coding_cost:.3f}%: the difference to the weights of the coded latents",
+        f"({plus_minus(found.bound)} nats per image), so the file is longer by {format_percent(found.excess, 2)}",
+        f"  coding costs {format_percent(found.coding_cost, 3)}: the difference to the weights of the coded latents",
         f"  the same images in other formats: {formats} bits per dimension",
         f"  {found.num_images / found.seconds:,.0f} images per second",
     ]
@@ -44,8 +44,8 @@ def compression_table(found: Sequence[Compression]) -> str:
                 str(each.num_particles),
                 f"{each.bits_per_dim:.4f}",
                 f"{-each.bound.mean / to_bits:.4f} ± {each.bound.stderr / to_bits:.4f}",
-                f"{100 * each.excess:.2f}%",
-                f"{100 * each.coding_cost:.3f}%",
+                format_percent(each.excess, 2),
+                format_percent(each.coding_cost, 3),
                 f"{each.num_bytes:,}",
                 f"{each.initial_bytes:,}",
                 *("" if size is None else f"{find_bits_per_dim(each, size):.4f}" for size in sizes),
@@ -58,3 +58,12 @@ def compression_table(found: Sequence[Compression]) -> str:
 def find_bits_per_dim(found: Compression, num_bytes: int) -> float:
     """Bits per dimension of that many bytes."""
     return 8 * num_bytes / (found.num_images * found.num_dims)
+
+
+def format_percent(share: float, digits: int) -> str:
+    """A share in percent, without the sign of a rounded zero.
+
+    >>> format_percent(-1e-7, 2)
+    '0.00%'
+    """
+    return f"{round(100 * share, digits) + 0:.{digits}f}%"

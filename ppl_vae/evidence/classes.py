@@ -30,8 +30,8 @@ class ClassEvidence:
     @classmethod
     def from_rows(cls, rows: Importance, class_probs: Tensor) -> ClassEvidence:
         """From fields (N K,) of ``EachLabel``, and p(y), (K,)."""
-        fields = (values.reshape(-1, len(class_probs)) for values in vars(rows).values())
-        return cls(Importance(*fields), class_probs.double().log().to(rows.log_evidence.device))
+        given = rows.map(lambda values: values.reshape(-1, len(class_probs)))
+        return cls(given, class_probs.double().log().to(rows.log_evidence.device))
 
     def log_posterior(self) -> Tensor:
         """(N, K) log p(y | x)."""
@@ -39,7 +39,7 @@ class ClassEvidence:
 
     def given_label(self, y: Tensor) -> Importance:
         """Each field (N,), of log p(x | y) for one label y of each image, (N,)."""
-        return Importance(*(values.gather(1, y[:, None])[:, 0] for values in vars(self.given).values()))
+        return self.given.map(lambda values: values.gather(1, y[:, None])[:, 0])
 
     def marginal(self) -> Importance:
         """Each field (N,), of log p(x).
@@ -64,6 +64,7 @@ class ClassEvidence:
             monte_carlo_stderr=(r * given.monte_carlo_stderr).square().sum(1).sqrt(),
             bias=(r * given.bias).sum(1),
             tenfold_gain=log_evidence - before,
+            num_particles=given.num_particles,
         )
 
 

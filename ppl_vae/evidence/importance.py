@@ -83,7 +83,11 @@ class Importance:
 
     def cpu(self) -> Importance:
         """The same, on the CPU."""
-        return Importance(*(values.cpu() for values in self._tensors()), num_particles=self.num_particles)
+        return self.map(Tensor.cpu)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Importance:
+        """The same with each tensor as the function returns it, of any shape."""
+        return Importance(*map(function, self._tensors()), num_particles=self.num_particles)
 
     def _tensors(self) -> list[Tensor]:
         return [values for values in vars(self).values() if isinstance(values, Tensor)]

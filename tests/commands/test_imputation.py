@@ -114,12 +114,13 @@ def test_pictures_are_brought_to_a_runs_shape_by_its_own_fit_as_they_are_when_en
     words = {"num_particles": 2, "images": None, "seed": 0, "device": "cpu", "output": str(tmp_path / "encoded")}
     told: list[str] = []
     written = encode_images(Encode(str(run), str(pictures), **words), say=told.append)
-    (note,) = summary["notes"]
+    note, own = summary["notes"]
+    assert "seen 40 of 40 images" in own  # bars repeat
     assert "40 of 40 images" in note
     assert "stretched to 8x8" in note
     assert note in said
     assert note in told
-    assert json.loads((written / "encoded.json").read_text())["notes"] == [note]
+    assert json.loads((written / "encoded.json").read_text())["notes"] == [note, own]
     np.testing.assert_array_equal(seen[:, 0], x)
     with torch.no_grad(), np.load(written / "encoded.npz", allow_pickle=False) as stored:
         mean = load(run).posterior(torch.from_numpy(x)[:, None].float()).mean

@@ -115,7 +115,7 @@ def check_no_labels(run: Run, what: str) -> None:
     if run.options.condition != "none":
         raise ValueError(
             f"{run.folder}: expected a model of images alone, got --condition {run.options.condition}, for which there "
-            f"is no {what}; evaluate, compare-runs, sample, report and export take it"
+            f"is no {what}; evaluate, compare, sample, report and export take it"
         )
 
 

@@ -152,6 +152,7 @@ def test_figures_and_the_page_show_classes(run):
     assert names.isdisjoint({"interpolations.png", "traversals.png", "latents.png", "manifold.png"})
     page = report_run(Report(str(run)), say=silent).read_text()
     assert "log p(x | y)" in page
+    assert "An image has no code here without its label." in page
 
 
 def test_an_export_is_the_same_model(run, tmp_path):

@@ -237,6 +237,8 @@ def make_explorer(run: Run) -> Explorer:
     Raises:
         ValueError: A decoder that a page cannot draw, with the reason.
     """
+    if run.options.condition != "none":
+        raise ValueError("an image has no code here without its label")
     vae = load(run.folder)
     decoder = decoder_weights(vae.likelihood)
     x = data.evaluation_images(run.splits, "test", run.pixels)

@@ -50,7 +50,10 @@ def compare_runs(options: CompareRuns, *, say: Say) -> Comparison:
     names = names if len(set(names)) == len(names) else [str(run.folder) for run in opened]
     stored = _read_stored(opened, places, options)
     if stored is None and (words := _name_stored_kind(opened, options.split)):
-        say(f"Evaluating every run, which takes a while. Their own evaluations would be taken with {words}.")
+        say(
+            "The stored evaluations have other settings, so every run is evaluated again, which takes a while. "
+            f"To take the stored ones: {words}."
+        )
     results = stored or [
         evaluate_images(run, x, options, compile=options.compile, words=f"log p(x), {name}", say=say)
         for run, name in zip(opened, names, strict=True)

@@ -24,6 +24,9 @@ PUBLISHED_SEED = 777  # the binarization of Tomczak and Welling 2018; also the s
 _MOST_NAMES = 5
 
 
+_MOST_SEARCHED = 2**30  # bytes of a split
+
+
 @dataclass(frozen=True)
 class Splits:
     """Splits of a data set, as they are stored: uint8 for binary data and 8-bit levels, else float32.
@@ -69,13 +72,21 @@ class Splits:
         return float(location_and_spread(fill_from_observed(self.train))[1]) / unit
 
     def find(self, x: Tensor) -> tuple[str, ...]:
-        """Find the split that holds each image of x (n, *E), which is stored as the splits are; "" where none does."""
-        wanted = {image.tobytes(): "" for image in x.numpy()}
+        """Find the split that holds each image of x (n, *E), which is stored as the splits are; "" where none does.
+
+        Splits of more than 1 GiB are not searched.
+        """
+        images = [image.tobytes() for image in x.numpy()]
+        missing, found = set(images), dict.fromkeys(images, "")
         for split in SPLIT_ORDER:
-            for image in getattr(self, split).numpy() if wanted else ():
-                if wanted.get(pixels := image.tobytes()) == "":
-                    wanted[pixels] = split
-        return tuple(wanted[image.tobytes()] for image in x.numpy())
+            stored = getattr(self, split)
+            for image in stored.numpy() if stored.nbytes <= _MOST_SEARCHED else ():
+                if not missing:
+                    break
+                if (pixels := image.tobytes()) in missing:
+                    found[pixels] = split
+                    missing.remove(pixels)
+        return tuple(found[image] for image in images)
 
     def describe(self) -> str:
         """Describe the data in one line, then unreadable files in one, then each note in one."""

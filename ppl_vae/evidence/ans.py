@@ -22,7 +22,7 @@ Mask = NDArray[np.bool_] | EllipsisType
 CELLS = 2.0**16  # per unit of a latent
 _LARGEST_BITS = 23  # of one uniform integer; constriction's probabilities have 24 bits
 _CELLS_PER_SCALE = 32  # coarse cells of a normal, which are 1/36 to 1/32 of its scale wide
-# How many coarse cells a normal has on each side. Each has a mass of at least 2^-24, which is a coarse cell's own 4.75
+# How many coarse cells a normal has on each side. Each has a mass of at least 2^-24, which is a coarse cell's own 4.9
 # scales from the mean. Draws that fell farther out would be too frequent, and their weights p / q far too large: a
 # distribution to draw from ends at 5 to 5.6 scales. One that must reach every latent has an escape from 7 to 8 on.
 _RADIUS, _FAR_RADIUS = 180, 256

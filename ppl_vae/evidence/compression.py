@@ -17,7 +17,7 @@ from ppl_vae.evidence.ans import Floats, OutOfBits, Stack
 from ppl_vae.protocols import LatentModel
 from ppl_vae.runtime.errors import check_count
 from ppl_vae.runtime.global_state import evaluation_mode, seeded
-from ppl_vae.support import CHECKED_AT_ONCE, check_support
+from ppl_vae.support import CHECKED_AT_ONCE, check_support, find_missing
 
 _FIXED_IMAGES = 3
 
@@ -88,6 +88,8 @@ def compress(
     """
     if any(w.dtype != torch.float32 for w in vae.parameters()):
         raise ValueError("vae: expected weights in single precision; vae.float() converts them")
+    if find_missing(x) is not None:
+        raise ValueError("x: expected whole images, got one with a missing pixel (NaN), which has no code")
     for part in x.split(CHECKED_AT_ONCE):
         check_support(vae.model, part.float())
     with _repeatable(vae):

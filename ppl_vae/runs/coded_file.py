@@ -64,10 +64,10 @@ class CodedFile:
 
 
 def read_coded_file(path: Path) -> CodedFile:
-    """Read a file of ``CodedFile.write``. Raises ValueError where it is none, damaged or cut off."""
+    """Read a file of ``CodedFile.write``. Raises ValueError if it is not one, damaged or cut off."""
     file = io.BytesIO(path.read_bytes())
     if file.read(len(_MAGIC)) != _MAGIC:
-        raise ValueError(f"{path}: expected a file of compressed images, got another")
+        raise ValueError(f"{path}: expected a file of compressed images of this version, got another")
     digest, content = file.read(_DIGEST_BYTES), file.getbuffer()[len(_MAGIC) + _DIGEST_BYTES :]
     if start_digest(content).digest() != digest:
         raise ValueError(f"{path}: damaged or cut off: its digest is not that of its content")

@@ -98,7 +98,7 @@ def test_a_folders_images_have_the_names_of_their_files_and_their_split(encode, 
     stored, _, said = encode(tmp_path / "photos", run_dir=run, output=tmp_path / "all")
     assert stored["names"][stored["split"] == "test"].tolist() == scalars["names"]
     assert [np.sum(stored["split"] == split) for split in ("train", "validation", "test")] == [32, 4, 4]
-    assert "seen 36 of 40" in "\n".join(said)
+    assert "36 of 40 images are also in the run's data" in "\n".join(said)
 
 
 def make(folder):

@@ -119,6 +119,16 @@ def test_another_optimizer_trains_eagerly_with_a_warning_and_resumes_bit_for_bit
     assert any(name.endswith("/momentum_buffer") for name in expected)
 
 
+def test_adamw_trains_captured_as_it_does_eagerly(graphs):
+    ends = []
+    for compile in (True, False):
+        vae = make_vae()
+        fit_captured(vae, make_images(), compile=compile, factory=partial(torch.optim.AdamW, weight_decay=0.3))
+        ends.append(flat_weights(vae))
+    assert len(graphs) == 1
+    assert_close(*ends, rtol=0, atol=1e-10)
+
+
 # --- Exact resume ---
 
 

@@ -108,7 +108,7 @@ def table(
         cells = "".join(f"<td{kind}>{_cell(value)}</td>" for kind, value in zip(kinds, row, strict=True))
         mark = ' class="highlight"' if i == highlight else ""
         body.append(f"<tr{mark}>{cells}</tr>")
-    label = escape(caption or "Table")
+    label = escape(re.sub(r"[`*]", "", caption or "Table"))
     return (
         f'<figure class="table wide"><div class="scroll" tabindex="0" role="region" aria-label="{label}">'
         f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"

@@ -54,8 +54,8 @@ def describe_comparison(found: Comparison) -> list[str]:
     if rising:
         lines.append(
             f"Not trained to the end: the last tenth of the epochs still raised the validation bound of "
-            f"{', '.join(rising)}. This compares how far the runs have come; ppl-vae train --resume RUN --epochs N "
-            "goes on."
+            f"{', '.join(rising)}. This compares how far the runs have come. To train further: "
+            "ppl-vae train --resume RUN --epochs N."
         )
     return [
         *lines,

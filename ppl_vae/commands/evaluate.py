@@ -25,7 +25,7 @@ from ppl_vae.evidence.dequantization import LevelsPosterior, levels_of
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.evaluation import evaluate, reconstruction
 from ppl_vae.evidence.importance import IMPORTANCE_NAMES, Importance
-from ppl_vae.labels import ConditionalVAE
+from ppl_vae.labels import ConditionalVAE, SemiSupervisedVAE
 from ppl_vae.parts.likelihoods import fit_independent_pixels
 from ppl_vae.reports.text.evaluation import describe_evaluation, describe_replacement
 from ppl_vae.runs.build import build_likelihood, is_autoencoder
@@ -51,6 +51,7 @@ from ppl_vae.runtime.records import Data, EachLabel
 from ppl_vae.vae import VAE
 
 _FLOOR_SEED = 0
+_CLASSIFIED_AT_ONCE = 1000  # images
 _FLOATS_PER_MASS = 48  # per pixel, for the exact mass of a level
 
 
@@ -151,15 +152,20 @@ def _estimate(
     tensors = {"index": index} | result.to_tensors()
     if isinstance(measured, ClassEvidence):
         y = run.splits.labels[split][index]
-        found = _classify(run, found, measured, y)
+        found = _classify(run, found, measured, x.cpu(), y)
         tensors |= {"labels": y, "log_evidence_by_class": measured.given.log_evidence}
     return found, tensors
 
 
-def _classify(run: Run, found: Evaluation, measured: ClassEvidence, y: Tensor) -> LabelledEvaluation:
-    """Adds to the evaluation of log p(x) what the labels y, (n,), say."""
+def _classify(run: Run, found: Evaluation, measured: ClassEvidence, x: Tensor, y: Tensor) -> LabelledEvaluation:
+    """Adds to the evaluation of log p(x) of images x, (n, *E), what their labels y, (n,), say."""
     log_posterior, given, S = measured.log_posterior(), measured.given_label(y), found.num_particles
-    predicted = log_posterior.argmax(1)
+    predicted, vae, guessed = log_posterior.argmax(1), load(run.folder), None
+    if isinstance(vae, SemiSupervisedVAE):
+        classify = LevelsPosterior(vae.classifier) if run.pixels == "dequantized" else vae.classifier
+        with torch.no_grad(), seeded(found.seed, x.device):
+            guesses = torch.cat([classify(part).logits.argmax(-1) for part in x.split(_CLASSIFIED_AT_ONCE)])
+        guessed = Estimate.mean_of((guesses == y).double(), 1)
     return LabelledEvaluation(
         **vars(found),
         log_likelihood_given_label=Estimate.mean_of(given.log_evidence, S),
@@ -169,6 +175,7 @@ def _classify(run: Run, found: Evaluation, measured: ClassEvidence, y: Tensor) -
         confusion=tuple(map(tuple, count_confusions(y, predicted, len(measured.log_prior)).tolist())),
         class_probs=tuple(measured.log_prior.exp().tolist()),
         class_names=run.splits.class_names,
+        classifier_accuracy=guessed,
     )
 
 
@@ -264,7 +271,7 @@ def measure_images(
                     raise ValueError(f"--compile on: {error}") from None
                 say(f"Not compiled: {error}.")
         found = measure().cpu() if found is None else found
-    return ClassEvidence.from_rows(found, vae.class_probs) if isinstance(vae, ConditionalVAE) else found
+    return ClassEvidence.gather(found, vae.class_probs) if isinstance(vae, ConditionalVAE) else found
 
 
 def _make_bar(num_images: int, words: str, before: int = 0) -> tqdm:

@@ -270,9 +270,11 @@ def _train(run: Run, saved: Saved | None, *, say: Say, compile_if_possible: bool
     if stream:
         gib = stored.numel() * stored.element_size() / 2**30
         say(f"The training images ({gib:.2f} GiB) are not held on the device: each batch is brought there in time.")
-    images, validation = run.with_labels("train", stored), None
+    images, validation = run.add_labels("train", stored), None
+    if options.labels is not None:
+        images = data.add_labelled_images(stored, run.known_labels("train"), transform, seed=options.seed)
     if len(splits.validation):
-        validation = run.with_labels("validation", data.evaluation_images(splits, "validation", run.pixels))
+        validation = run.add_labels("validation", data.evaluation_images(splits, "validation", run.pixels))
     vae = _prepare_vae(run, saved, say)
     step, total = 0 if saved is None else saved[1]["step"], count_steps(options, len(splits.train))
     if distributed.is_writer():
@@ -331,7 +333,7 @@ def _prepare_vae(run: Run, saved: Saved | None, say: Say) -> VAE:
     else:
         initialize_output_bias(vae, data.initialization_images(run.splits, run.pixels))
         if isinstance(vae, ConditionalVAE):
-            set_class_probs(vae, run.splits.labels["train"])
+            set_class_probs(vae, run.known_labels("train"))
     return vae.to(find_device(options.device))
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ppl_vae.data.array_files import *
+    from ppl_vae.data.labels import *
     from ppl_vae.data.sources import *
     from ppl_vae.data.splits import *
     from ppl_vae.data.storage import *
@@ -62,6 +63,7 @@ SPLITS = ("test", "validation", "train")
 
 _NAMES = {
     "array_files": "is_array_file",
+    "labels": "add_labelled_images keep_labels",
     "sources": "UserImages from_dataset load load_images",
     "splits": "BINARY COUNTS KINDS LEVELS NUM_LEVELS PROBABILITIES REAL UNIT_INTERVAL Splits fill_from_observed subset",
     "storage": "allocate compute_sha256 is_mapped",

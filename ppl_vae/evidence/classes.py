@@ -28,7 +28,7 @@ class ClassEvidence:
     log_prior: Tensor
 
     @classmethod
-    def from_rows(cls, rows: Importance, class_probs: Tensor) -> ClassEvidence:
+    def gather(cls, rows: Importance, class_probs: Tensor) -> ClassEvidence:
         """From fields (N K,) of ``EachLabel``, and p(y), (K,)."""
         given = rows.map(lambda values: values.reshape(-1, len(class_probs)))
         return cls(given, class_probs.double().log().to(rows.log_evidence.device))
@@ -62,7 +62,7 @@ class ClassEvidence:
             ess=(r * given.ess).sum(1),
             pareto_k=_mean_of_known(given.pareto_k, r),
             monte_carlo_stderr=(r * given.monte_carlo_stderr).square().sum(1).sqrt(),
-            bias=(r * given.bias).sum(1),
+            bias=(r.square() * given.bias).sum(1),
             tenfold_gain=log_evidence - before,
             num_particles=given.num_particles,
         )

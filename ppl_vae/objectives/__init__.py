@@ -3,6 +3,7 @@
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 
 from ppl_vae.objectives.importance import IWAE, STL, DReG, EnumeratedELBO
+from ppl_vae.objectives.semi_supervised import SemiSupervisedELBO
 from ppl_vae.objectives.tempered import FreeBits, Loss, Temper, autocast, elbo, loss_of_batch, loss_per_image
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "EnumeratedELBO",
     "FreeBits",
     "Loss",
+    "SemiSupervisedELBO",
     "Temper",
     "TraceMeanField_ELBO",
     "Trace_ELBO",

@@ -67,7 +67,7 @@ class STL(Trace_ELBO):
     def _get_trace(
         self, model: StochasticFunction, guide: StochasticFunction, args: tuple, kwargs: dict
     ) -> tuple[Trace, Trace]:
-        module = _module_of(guide)
+        module = module_of(guide)
         drawn = poutine.trace(guide).get_trace(*args, **kwargs)
         check_guide(drawn)
         _check_parameters(drawn, module)
@@ -167,7 +167,7 @@ class DReG(IWAE):
         self, model: StochasticFunction, guide: StochasticFunction, x: Tensor, *further: Tensor
     ) -> Tensor:
         """Minus the bound of the images x, (B, *E): a 0-d tensor, nats, as ``IWAE``'s; only the gradient differs."""
-        module, shape = _module_of(guide), (self.num_particles, len(x))
+        module, shape = module_of(guide), (self.num_particles, len(x))
         drawn = trace_guide(guide, Records(x, *further), self.num_particles)
         check_guide(drawn)
         if enumerated_dims(drawn):
@@ -226,8 +226,12 @@ def _subsampling_scale(frame: CondIndepStackFrame) -> float:
     return 1.0 if frame.full_size is None else frame.full_size / frame.size
 
 
-def _module_of(guide: StochasticFunction) -> nn.Module:
-    """The module whose parameters the guide uses: itself, or the one whose method it is, within effect handlers."""
+def module_of(guide: StochasticFunction) -> nn.Module:
+    """The module whose parameters the guide uses: itself, or the one whose method it is, within effect handlers.
+
+    Raises:
+        ValueError: There is no such module.
+    """
     module = find_module(guide)
     if module is None:
         bare = unwrap(guide)

@@ -72,6 +72,20 @@ class LabelledEncoder(nn.Module):
         return self.head(append_label(nn.functional.leaky_relu(self.net(x)), y, self.num_classes))
 
 
+class Classes:
+    """q(y | x) = Categorical(softmax(h)), the family of a classifier over K classes, from features h (..., K).
+
+    Args:
+        num_classes: K.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        self.num_features, self.event_shape = num_classes, ()
+
+    def __call__(self, h: Tensor) -> dist.Categorical:
+        return dist.Categorical(logits=h)
+
+
 class ClassNormals(nn.Module):
     """p(z | y) = prod_l Normal(z_l; loc_yl, scale_yl), with locations and scales that are trained and start at 0 and 1.
 

@@ -134,6 +134,12 @@ OBJECTIVES = {
     "free-bits": _objective("FreeBits", "the ELBO, with free nats for each latent", free_bits="free_nats"),
     "iwae": _objective("IWAE", "the importance-weighted bound"),
     "dreg": _objective("DReG", "the same, doubly reparametrized gradients"),
+    "semi-supervised": _objective(
+        "SemiSupervisedELBO",
+        "the ELBO, and the loss of the classifier of --labels",
+        label_weight="label_weight",
+        label_consistency="consistency",
+    ),
     "stl": _objective("STL", "the ELBO, gradients without the guide's score"),
 }
 SCHEDULES = {

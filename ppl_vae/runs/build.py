@@ -13,10 +13,10 @@ from torch import nn
 from ppl_vae import data
 from ppl_vae.conditional import Conditional
 from ppl_vae.hierarchy import BottomLayerOnly, BottomUp, HierarchicalVAE, LayeredPrior, TopDown
-from ppl_vae.labels import ConditionalVAE
+from ppl_vae.labels import ConditionalVAE, SemiSupervisedVAE
 from ppl_vae.parts import likelihoods, networks
 from ppl_vae.parts.incomplete import IncompleteVAE, ZeroFilled
-from ppl_vae.parts.labelled import ClassFlow, LabelledDecoder, LabelledEncoder, SharedPrior
+from ppl_vae.parts.labelled import Classes, ClassFlow, LabelledDecoder, LabelledEncoder, SharedPrior
 from ppl_vae.parts.registry import DENSE_NETWORKS, LIKELIHOODS, NETWORKS, POSTERIORS, PRIORS, find_owners
 from ppl_vae.protocols import Likelihood
 from ppl_vae.runs.options import PLAIN, Options, default_objective, format_flag
@@ -74,6 +74,8 @@ def build_vae(options: Options, event_shape: Sequence[int]) -> VAE:
         if isinstance(built, ConditionalVAE):  # the last layer of the image's network is within the encoder
             net = built.get_submodule("posterior.net.net")
             parts.append(net.get_submodule("net.output" if isinstance(net, networks.Standardized) else "output"))
+        if isinstance(built, SemiSupervisedVAE):
+            parts.append(built.get_submodule("classifier"))
         if isinstance(built.posterior, TopDown):
             outputs = (getattr(feature, "output", None) for feature in built.posterior.features)
             parts += [output for output in outputs if isinstance(output, nn.Module)]
@@ -145,9 +147,13 @@ def _build_conditional(
     likelihood = Conditional(LabelledDecoder(make_decoder(L + K), K), family)
     head = NETWORKS[options.network].load().dense(width + K, guide.num_features, hidden=(width,))
     encoder = LabelledEncoder(make_encoder(width, options.hidden[:-1]), head, K)
-    prior = PRIORS[options.prior].build(options, latent_dim=L)
+    prior, class_probs = PRIORS[options.prior].build(options, latent_dim=L), torch.full((K,), 1 / K)
+    posterior = Conditional(encoder, guide)
+    if options.labels is not None:
+        classifier = Conditional(make_encoder(K, options.hidden), Classes(K))
+        return SemiSupervisedVAE(SharedPrior(prior), likelihood, posterior, class_probs, classifier)
     prior = ClassFlow(K, prior.flow, L) if options.prior == "flow" else SharedPrior(prior)
-    return ConditionalVAE(prior, likelihood, Conditional(encoder, guide), torch.full((K,), 1 / K))
+    return ConditionalVAE(prior, likelihood, posterior, class_probs)
 
 
 def build_likelihood(options: Options, event_shape: Sequence[int]) -> Likelihood:
@@ -230,9 +236,10 @@ def resolve_parts(options: Options) -> Options:
     """
     has_closed_form = options.kl == "analytic" or options.objective == "free-bits"
     top = (options.upper_latents or (options.latent_dim,))[-1]
-    is_plain = has_closed_form or is_autoencoder(options) or top == 1
+    is_plain = has_closed_form or is_autoencoder(options) or top == 1 or options.labels is not None
     return replace(
         options,
+        condition="labels" if options.labels is not None else options.condition,
         hidden=options.hidden or ((300, 300) if options.network in DENSE_NETWORKS else (256,)),
         prior=options.prior or ("standard-normal" if is_plain else "flow"),
         objective=options.objective or default_objective(options),

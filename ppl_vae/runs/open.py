@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from tqdm import tqdm
 from ppl_vae import data, runs
 from ppl_vae.data import SPLITS
 from ppl_vae.evidence.dequantization import dequantized
+from ppl_vae.labels import SemiSupervisedVAE
 from ppl_vae.runs.build import build_likelihood, is_autoencoder
 from ppl_vae.runs.load import copy_pretrained, is_export, load, read_config
 from ppl_vae.runs.options import Options
@@ -27,7 +28,7 @@ from ppl_vae.runs.resolve import (
 )
 from ppl_vae.runs.results import Provenance
 from ppl_vae.runtime.ranks import Say
-from ppl_vae.runtime.records import Data, Records
+from ppl_vae.runtime.records import UNKNOWN, Data, Records
 from ppl_vae.vae import VAE
 
 
@@ -55,9 +56,23 @@ class Run(NamedTuple):
         """How ``load_evaluated_vae`` sees pixels, a word of ``data.PIXELS``."""
         return choose_evaluated_pixels(self.options, self.splits)
 
-    def with_labels(self, split: str, x: Tensor) -> Data:
-        """All images x (N, *E) of a split as the model takes them: with their labels, if it takes labels."""
-        return x if self.options.condition == "none" else Records(x, self.splits.labels[split])
+    def add_labels(self, split: str, x: Tensor) -> Data:
+        """All images x (N, *E) of a split as the model takes them: with their labels, if it takes labels.
+
+        With ``--labels`` no label is known but those that were kept for training.
+        """
+        if self.options.condition == "none":
+            return x
+        return Records(x, self.known_labels(split))
+
+    def known_labels(self, split: str) -> Tensor:
+        """The labels (N,) of a split that the model may see, -1 where it may not."""
+        labels, number = self.splits.labels[split], self.options.labels
+        if number is None:
+            return labels
+        if split == "train":
+            return data.keep_labels(labels, number, seed=self.options.seed)
+        return torch.full_like(labels, UNKNOWN)
 
     @property
     def scale(self) -> str:
@@ -93,9 +108,12 @@ def load_evaluated_vae(run: Run) -> VAE:
     """The trained VAE that is evaluated and shown, on the CPU, in evaluation mode.
 
     A density that was trained on dequantized levels is evaluated as the mass that it gives to levels
-    (``dequantization.dequantized``), which is exact for every density that ``--likelihood`` names.
+    (``dequantization.dequantized``), which is exact for every density that ``--likelihood`` names. A semi-supervised
+    one is evaluated given each label, as a conditional one is.
     """
     vae = load(run.folder)
+    if isinstance(vae, SemiSupervisedVAE):
+        vae = cast(VAE, vae.given_labels())
     return dequantized(vae) if run.pixels == "dequantized" else vae
 
 
@@ -239,6 +257,9 @@ def load_given_images(run: Run, images_path: str, *, most: int | None, seed: int
     splits = tuple(splits[i] for i in places.tolist()) if splits else ()
     known = [split for split in splits if split in ("train", "validation")]
     if known:
-        seen = ", ".join(f"{known.count(split):,} in the {split} split" for split in sorted(set(known)))
-        notes += (f"training has seen {len(known):,} of {len(kept):,} images, pixel by pixel the same ({seen})",)
+        seen = ", ".join(f"{known.count(split):,} in {split}" for split in sorted(set(known)))
+        notes += (
+            f"{len(known):,} of {len(kept):,} images are also in the run's data, pixel by pixel ({seen}): their "
+            "numbers are not those of new images",
+        )
     return Images(source, x[places], None if labels is None else labels[places], kept, places, len(x), notes, splits)

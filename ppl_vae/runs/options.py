@@ -201,6 +201,9 @@ class Options(CheckedOptions):
     classes: int | None = _rare(
         None, "number of classes of --condition labels (default: those of the training labels)", WIDTH, "model"
     )
+    labels: int | None = option(
+        None, "training labels that are kept, balanced; a semi-supervised VAE learns the others", WIDTH, "model"
+    )
     likelihood: str = option("bernoulli", "p(x | z)", parts.LIKELIHOODS, "model")
     likelihood_scale: float = _rare(
         0.5, "scale of normal-fixed, as a fraction of the spread of the training pixels", POSITIVE, "model"
@@ -223,7 +226,8 @@ class Options(CheckedOptions):
     latent_dim: int = option(40, "dimensions of z", WIDTH, "model")
     prior: str | None = option(
         None,
-        "p(z) (default: flow; standard-normal with an analytic KL, free bits, a delta posterior or one latent)",
+        "p(z) (default: flow; standard-normal with an analytic KL, free bits, --labels, a delta posterior or one "
+        "latent)",
         parts.PRIORS,
         "model",
     )
@@ -253,7 +257,8 @@ class Options(CheckedOptions):
 
     objective: str | None = option(
         None,
-        "what is maximized (default: stl; elbo with --kl analytic and with a flow or delta posterior)",
+        "what is maximized (default: stl; elbo with --kl analytic and with a flow or delta posterior; semi-supervised "
+        "with --labels)",
         parts.OBJECTIVES,
         "objective",
     )
@@ -269,6 +274,12 @@ class Options(CheckedOptions):
     kl: str = _rare("sampled", "sampled (Trace_ELBO), or in closed form (TraceMeanField_ELBO)", parts.KLS, "objective")
     free_bits: float = _rare(
         0.1, "nats of KL that cost nothing, for each latent, of free-bits", NON_NEGATIVE, "objective"
+    )
+    label_weight: float = _rare(
+        20.0, "weight of the classifier's loss in semi-supervised, nats", NON_NEGATIVE, "objective"
+    )
+    label_consistency: float = _rare(
+        1.0, "weight within it of similar images' having one label; 0: plain M2", NON_NEGATIVE, "objective"
     )
     num_particles: int = option(1, "samples of z per image and training step", POSITIVE_INTEGER, "objective")
 
@@ -329,4 +340,6 @@ def default_objective(options: Options) -> str:
 
     Without the score a flow guide is inverted at every step: an autoregressive one took 6.6 times as long.
     """
+    if options.labels is not None:
+        return "semi-supervised"
     return "elbo" if options.kl == "analytic" or options.posterior in ("delta", "flow") else "stl"

@@ -23,7 +23,7 @@ from ppl_vae.runs.files import JsonObject
 from ppl_vae.runs.options import Options, default_objective
 from ppl_vae.runtime import capture
 from ppl_vae.runtime.global_state import serialize_threads
-from ppl_vae.runtime.records import Data
+from ppl_vae.runtime.records import UNKNOWN, Data
 from ppl_vae.training import Optimizer, Schedule, Validation
 from ppl_vae.training.settings import default_warmup
 from ppl_vae.vae import VAE
@@ -54,6 +54,11 @@ def check_objective(options: Options) -> None:
         raise ValueError(
             "--inference bottom-up: expected a sampled KL (no --kl analytic, no free-bits), got one in closed form, "
             "which a guide that draws in the opposite order of the model does not have"
+        )
+    if (options.objective == "semi-supervised") != (options.labels is not None):
+        labels = "no --labels" if options.labels is None else f"--labels {options.labels}"
+        raise ValueError(
+            f"--objective {options.objective}: expected semi-supervised with --labels, and only there, got {labels}"
         )
     if is_autoencoder(options) and options.objective != "elbo":
         raise ValueError(f"--objective {options.objective}: expected --posterior diagonal, got {options.posterior}")
@@ -98,8 +103,9 @@ def validation_particles(options: Options) -> int:
 
 
 def set_class_probs(vae: ConditionalVAE, labels: Tensor) -> None:
-    """Set p(y) to the frequencies of the training labels, (N,)."""
-    vae.class_probs.copy_(labels.bincount(minlength=vae.num_classes) / len(labels))
+    """Set p(y) to the frequencies of the training labels, (N,), that are known."""
+    known = labels[labels != UNKNOWN]
+    vae.class_probs.copy_(known.bincount(minlength=vae.num_classes) / len(known))
 
 
 @serialize_threads()
@@ -114,8 +120,10 @@ def initialize_output_bias(vae: VAE, x: Tensor) -> None:
         vae.likelihood.net.output.bias.copy_(vae.likelihood.family.fit_marginals(x))  # type: ignore[attr-defined]
         net = getattr(vae.posterior, "net", None)
         net = net.net if isinstance(net, LabelledEncoder) else net
-        if isinstance(net, networks.Standardized):
-            net.fit_marginals(x)
+        classifier = getattr(vae, "classifier", None)
+        for found in (net, getattr(classifier, "net", None)):
+            if isinstance(found, networks.Standardized):
+                found.fit_marginals(x)
         if isinstance(vae.prior, priors.VampPrior):
             vae.prior.start_from(x)
 
@@ -194,7 +202,8 @@ def resolve(options: Options, seen: data.Splits) -> Options:
 
     Raises ValueError for options at odds with the data, with each other, or with this machine.
     """
-    options = replace(resolve_parts(options), classes=resolve_classes(options, seen))
+    options = resolve_parts(options)
+    options = replace(options, classes=resolve_classes(options, seen))
     family = build_likelihood(options, seen.event_shape)
     default = "dynamic" if family.data_kind == data.BINARY else "none"
     found = data.resolve_binarization(seen, options.binarization, default=default)
@@ -244,6 +253,11 @@ def resolve_classes(options: Options, seen: data.Splits) -> int | None:
     for split, labels in found.items():
         if unknown := [y for y in labels if not 0 <= y < K]:
             raise ValueError(f"--condition labels: expected classes from 0 to {K - 1}, got {unknown[0]} in {split}")
+    if options.labels is not None:
+        try:
+            data.keep_labels(seen.labels["train"], options.labels, seed=options.seed)
+        except ValueError as error:
+            raise ValueError(f"--labels: {str(error).removeprefix('number: ')}") from None
     return K
 
 

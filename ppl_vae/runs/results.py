@@ -200,6 +200,7 @@ class LabelledEvaluation(Evaluation):
     confusion: tuple[tuple[int, ...], ...]  # images of each class (row) that are taken for each class (column)
     class_probs: tuple[float, ...]  # p(y)
     class_names: tuple[str, ...]
+    classifier_accuracy: Estimate | None = None  # that of q(y | x), the classifier of a semi-supervised model
 
 
 @dataclass(frozen=True, kw_only=True)

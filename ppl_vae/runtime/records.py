@@ -8,6 +8,8 @@ from typing import TypeAlias
 import torch
 from torch import Size, Tensor
 
+UNKNOWN = -1  # the label of an image whose class is not known
+
 
 class Records:
     """N images with further tensors of N rows, which a program takes as ``model(x, *further)``.
@@ -94,6 +96,10 @@ class EachLabel(Records):
     def __getitem__(self, rows: slice | Tensor) -> Records:
         places = self._places[rows]
         return Records(self.x[places // self._num_classes], places % self._num_classes)
+
+    def to(self, target: torch.device | Tensor) -> EachLabel:
+        """The same on a device, or on that of a tensor, whose type the images then have."""
+        return EachLabel(self.x.to(target), self._num_classes)
 
     def split(self, size: int) -> list[Records]:
         """Records of ``size`` pairs of an image and a label each; the last may have fewer."""

@@ -161,7 +161,7 @@ BAD_WORDS = {
             """
             hidden channels image_size dequantization_draws likelihood_components latent_dim epochs batch_size
             num_particles images evaluation_particles prior_components prior_layers prior_hidden
-            posterior_layers posterior_hidden upper_latents upper_hidden classes
+            posterior_layers posterior_hidden upper_latents upper_hidden classes labels
             """,
         ),
         (
@@ -190,7 +190,7 @@ BAD_WORDS = {
         ),
         (
             NOT_BELOW_0,
-            "beta checkpoint_seconds free_bits",
+            "beta checkpoint_seconds free_bits label_weight label_consistency",
         ),
     )
     for name in names.split()
@@ -285,6 +285,7 @@ EXAMPLES: dict[str, Any] = {
     "objective": "stl",
     "upper_latents": 3,
     "classes": 3,
+    "labels": 100,
     "skip_norm": 1e6,
     "start_from": "x",
 }

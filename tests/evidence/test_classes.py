@@ -17,7 +17,7 @@ from ppl_vae.runtime.records import EachLabel
 
 def measured(x, S=20):
     rows = evaluate(exact_vae().eval(), EachLabel(x, K), num_particles=S, seed=0)
-    return ClassEvidence.from_rows(rows, PROBS)
+    return ClassEvidence.gather(rows, PROBS)
 
 
 def random_evidence(N=5, S=20):

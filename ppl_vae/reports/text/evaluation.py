@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from ppl_vae.evidence.estimate import Estimate
@@ -26,7 +27,7 @@ _K_WITHOUT_MEAN = 1.0
 
 # With fewer effective particles, the draws of an image are nearly all of one or two z. Source: ours.
 FEW_PARTICLES = 5
-_ONE_PARTICLE = 1.5  # with fewer effective particles, most draws are of one z
+_ONE_PARTICLE = 1.5  # with fewer effective particles, most draws come from a single z
 
 NOT_A_LOG_LIKELIHOOD = "not a log-likelihood; the guide is deterministic, an autoencoder has no density"
 
@@ -91,23 +92,32 @@ def describe_evaluation(found: Evaluation) -> list[str]:
     return lines
 
 
+def _describe_classifier(accuracy: Estimate | None) -> list[str]:
+    return [] if accuracy is None else [f"  the classifier q(y | x) is right for {_percent(accuracy)} of the images"]
+
+
+def _percent(share: Estimate) -> str:
+    return f"{100 * share.mean:.2f} ± {100 * (share.stderr or 0):.2f} %"
+
+
 def _describe_classes(found: LabelledEvaluation) -> list[str]:
     """What the labels say: log p(x | y), and the classifier p(y | x)."""
     K, names = len(found.class_probs), found.class_names
     wrong = [(count, i, j) for i, row in enumerate(found.confusion) for j, count in enumerate(row) if i != j and count]
     name = [names[i] if names else str(i) for i in range(K)]
-    confused = ", ".join(
-        f"{name[i]} for {name[j]} ({count} of {sum(found.confusion[i]):,})"
-        for count, i, j in sorted(wrong, key=lambda each: -each[0])[:_MOST_CONFUSIONS]
-    )
+    confused = []
+    for count, i, j in sorted(wrong, key=lambda each: -each[0])[:_MOST_CONFUSIONS]:
+        n = sum(found.confusion[i])
+        share = Estimate(count / n, math.sqrt(count * (n - count) / n**3))
+        confused.append(f"{name[i]} for {name[j]}, {_percent(share)} of {n:,}")
     return [
-        f"  log p(x) = log sum_y p(y) p(x | y) over {K} labels, with their frequencies in training as p(y)",
+        f"  log p(x) = log sum_y p(y) p(x | y) over {K} labels, with the known training labels' frequencies p(y)",
         f"  given the right label: log p(x | y) {plus_minus(found.log_likelihood_given_label)}, its ELBO "
         f"{plus_minus(found.elbo_given_label)}",
-        f"  the most probable label by p(y | x) = p(y) p(x | y) / p(x) is right for "
-        f"{100 * found.accuracy.mean:.2f} ± {100 * (found.accuracy.stderr or 0):.2f} % of the images; "
-        f"log p(y | x) {plus_minus(found.log_prob_label, 3)}",
-        *([f"  taken most often: {confused}"] if confused else []),
+        f"  the most probable label by p(y | x) = p(y) p(x | y) / p(x) is right for {_percent(found.accuracy)} of the "
+        f"images; log p(y | x) {plus_minus(found.log_prob_label, 3)}",
+        *_describe_classifier(found.classifier_accuracy),
+        *([f"  most often mistaken: {'; '.join(confused)}"] if confused else []),
     ]
 
 
@@ -180,7 +190,7 @@ def describe_imputation(found: ImputationSummary) -> list[str]:
         )
         if single:
             lines.append(
-                f"  In {single:,} of them, all draws come from one code in effect: take them as one guess, and not as "
+                f"  In {single:,} of them, most draws come from a single code: take them as one guess, and not as "
                 "what else the missing pixels could be."
             )
         lines.append(

@@ -74,7 +74,8 @@ FIGURES = {
     "differ from each other; an autoencoder was never trained on them.",
     "classes.png": "One code under every label. Where rows are alike, the code holds the class itself, and the label "
     "acts through p(z | y).",
-    "confusion.png": "The classifier that follows from the densities. It was never trained to classify.",
+    "confusion.png": "The classifier that follows from the densities. It was never trained to classify. A share p of "
+    "the n images of a row has the standard error sqrt(p (1 - p) / n).",
     "interpolations.png": "Straight lines between the codes of two images. Each step should be one image, not two laid "
     "over each other.",
     "traversals.png": "From the code of the most central test image along the principal directions of all codes, as "
@@ -158,8 +159,8 @@ def explorer_caption(run: Run, share: float, *, active: int) -> str:
     """
     if active == 0:
         return (
-            f"{NO_ACTIVE_LATENT}, in one point of the plane, and the decoder ignores it: the picture hardly changes. "
-            "What stands out, above, says what to change."
+            f"{NO_ACTIVE_LATENT}, so moving it hardly changes the picture. The section 'What stands out' says what to "
+            "change."
         )
     words = (
         "Each point is a test image, where the encoder puts it along the first two principal directions of the codes "
@@ -248,6 +249,15 @@ active nearly by construction, so look at the bound L_S as well as at the number
 All runs are trained for the same epochs. Differences to the base are paired on the same test images; their errors say
 nothing about what another seed would give.""",
     ),
+    "labels": (
+        "What is a label worth?",
+        """\
+A semi-supervised VAE sees all training images and the labels of a few, as many of each class; the others are a latent
+that is summed over. Its classifier q(y | x) learns the labels, and from all images that similar images have one label,
+that each image has one, and that classes are equally frequent. p(y | x) follows from the densities: which class gives
+the image more probability. "The base" has the same latents and no classes. Below, samples: a column has one code, and a
+row one class; what a column shares, such as slant and width, is what the code holds beyond the class.""",
+    ),
     "method": (
         "How was it measured?",
         """\
@@ -287,6 +297,7 @@ CAPTIONS = {
     "themselves; at zero they are all one picture.",
     "collapse": "Nats per image; differences are paired.",
     "latents": "Nats per image; the first row is the base.",
+    "labels": "L_S in nats per image, summed over the classes; the difference is paired.",
     "data": "Floor: the log-likelihood of each pixel on its own, without latents, on the same test images, in nats.",
     "strips": "From the top: {names}. {caption}",
 }

@@ -47,7 +47,12 @@ def describe_model(run: Run) -> list[str]:
         f"{guide}, objective {options.objective}, binarization {options.binarization}, likelihood "
         f"{options.likelihood}{transform} (a {likelihood.measure})"
     ]
-    if options.classes is not None:
+    if options.labels is not None:
+        lines.append(
+            f"Of the training images {options.labels:,} have a known label, one of {options.classes}: training and "
+            "validation are of log p(x)."
+        )
+    elif options.classes is not None:
         lines.append(f"Each image has one of {options.classes} labels y: training and validation are of log p(x | y).")
     if len(splits.event_shape) == 3 and splits.event_shape[0] == 3 and run.binarization != "none":
         lines.append(
@@ -284,8 +289,8 @@ def _describe_training(run: Run, step: int) -> str:
     options, facts = run.options, [f"Weights of step {step:,}."]
     if run.from_python:
         facts.append(
-            "Trained from Python, or shipped with the package, without a record of the training. What follows are the "
-            "options that were given for it; they are not in this folder."
+            "Trained from Python, or shipped with the package, without a record of the training. What follows are "
+            "the options in config.json; nothing confirms that the training used them."
         )
     environment = run.folder / runs.ENVIRONMENT
     found = runs.read_json(environment) if environment.exists() else {}

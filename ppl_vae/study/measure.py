@@ -29,15 +29,16 @@ from ppl_vae.diagnostics.pictures import PrincipalDirections, find_principal_dir
 from ppl_vae.diagnostics.verdicts import is_reliable
 from ppl_vae.evidence.estimate import PairedDifference, bound_difference, paired_difference
 from ppl_vae.evidence.moments import decode_mean, encode, sample_posterior
+from ppl_vae.labels import SemiSupervisedVAE
 from ppl_vae.runs.load import load
 from ppl_vae.runs.options import Options
 from ppl_vae.runs.outputs import write_picture
 from ppl_vae.runs.resolve import check_support, choose_evaluated_pixels, load_splits, resolve
-from ppl_vae.runs.results import PerImage, from_json, read_evaluation, read_per_image, to_json
+from ppl_vae.runs.results import LabelledEvaluation, PerImage, from_json, read_evaluation, read_per_image, to_json
 from ppl_vae.runtime.global_state import seeded
 from ppl_vae.study import plan, results
 from ppl_vae.study.plan import Planned, Size, dataset_word, sweep_name
-from ppl_vae.study.results import BoundDifferences, Difference, Quality, RunNumbers
+from ppl_vae.study.results import BoundDifferences, Difference, LabelledNumbers, Quality, RunNumbers
 from ppl_vae.vae import VAE
 
 PICTURES = "pictures"  # a folder in the study's
@@ -240,18 +241,46 @@ def _match_prior(diagnosis: Measurements) -> results.PriorMatch:
     )
 
 
+def measure_labelled(planned: Planned, folder: Path) -> LabelledNumbers:
+    """A trained semi-supervised run's numbers, and a picture of its samples in the study's folder."""
+    place, name = folder / results.RUNS, planned.name
+    vae, evaluation = load(place / name), read_evaluation(place / name)
+    assert isinstance(vae, SemiSupervisedVAE)
+    assert isinstance(evaluation, LabelledEvaluation)
+    assert evaluation.classifier_accuracy is not None
+    assert evaluation.log_likelihood is not None
+    with seeded(_PRIOR_SEED, torch.device("cpu")), torch.no_grad():
+        z = vae.fix_label(0).prior().expand((NUM_SHOWN,)).sample()  # the same codes for each class
+        samples = torch.cat([decode_mean(vae.fix_label(y), z) for y in range(vae.num_classes)])
+    picture = f"{PICTURES}/{name}/samples.png"
+    write_strip(folder / picture, samples)
+    return LabelledNumbers(
+        labels=planned.options.labels or 0,
+        log_likelihood=evaluation.log_likelihood,
+        classifier=evaluation.classifier_accuracy,
+        density=evaluation.accuracy,
+        seconds=runs.read_metrics(place / name)[-1]["seconds"],
+        seconds_evaluation=evaluation.seconds,
+        picture=picture,
+    )
+
+
 # --- Runs against each other ---
 
 
-def compare_bounds(place: Path, size: Size, words: Sequence[str]) -> dict[str, dict[str, BoundDifferences]]:
-    """The differences of each table to its reference, by table."""
+def compare_bounds(
+    place: Path, size: Size, words: Sequence[str], labelled: Sequence[str]
+) -> dict[str, dict[str, BoundDifferences]]:
+    """The differences of each table to its reference, by table. ``labelled``: the names of semi-supervised runs."""
     beta: dict[str, BoundDifferences] = {}
     for word in words:
         betas = [sweep_name(word, each) for each in size.betas_of(word)]
         beta |= compare_with_reference(place, betas, sweep_name(word))
     remedies = list(plan.remedy_names(words[0]).values())
     latents = compare_with_reference(place, plan.varied_names(size, words[0]), sweep_name(words[0]))
-    return {"beta": beta, "collapse": compare_with_reference(place, remedies, remedies[0]), "latents": latents}
+    classes = compare_with_reference(place, [sweep_name(words[0]), *labelled], sweep_name(words[0]))
+    collapse = compare_with_reference(place, remedies, remedies[0])
+    return {"beta": beta, "collapse": collapse, "latents": latents, "labels": classes}
 
 
 def compare_with_reference(folder: Path, names: Sequence[str], reference: str) -> dict[str, BoundDifferences]:

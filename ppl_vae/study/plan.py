@@ -22,6 +22,7 @@ class Size:
         images: Test images that are evaluated and measured.
         num_particles: S of log p(x).
         codes: Training images to whose codes densities are fitted, at most.
+        labels: Numbers of known labels of semi-supervised runs, for a first data set with classes.
     """
 
     epochs: int
@@ -30,6 +31,7 @@ class Size:
     images: int
     num_particles: int
     codes: int
+    labels: tuple[int, ...] = ()
 
     def betas_of(self, dataset: str) -> tuple[float, ...]:
         """The betas along which a data set is studied."""
@@ -46,6 +48,7 @@ DEFAULT = Size(
     images=2000,
     num_particles=500,
     codes=50_000,
+    labels=(100, 1000),
 )
 QUICK = Size(
     epochs=2,
@@ -57,6 +60,7 @@ QUICK = Size(
     images=500,
     num_particles=200,
     codes=5000,
+    labels=(100,),
 )
 
 # Remedies against collapse, and the options that they change. The base has the warm-up alone.
@@ -127,13 +131,25 @@ def base(size: Size, dataset: str, **changed: object) -> Options:
     return Options(**(common | changed))
 
 
-def plan(size: Size, datasets: Sequence[str], *, num_pixels: Mapping[str, int] | None = None) -> list[Planned]:
+def plan_labels(size: Size, dataset: str, num_labels: int) -> list[Planned]:
+    """The semi-supervised runs of a data set whose classes have that many labels; none without classes."""
+    return [
+        Planned(name_run(dataset, f"labels-{number}"), base(size, dataset, labels=number, objective="semi-supervised"))
+        for number in size.labels
+        if number <= num_labels
+    ]
+
+
+def plan(
+    size: Size, datasets: Sequence[str], *, num_pixels: Mapping[str, int] | None = None, num_labels: int = 0
+) -> list[Planned]:
     """Every run of the study, in the order of training; the first data set has all parts.
 
     Args:
         size: How much.
         datasets: The first has every part; others have the betas and the autoencoder.
         num_pixels: D of each, the beta that equals a mean over pixels; by default 784.
+        num_labels: The most labels that can be kept of the first, equally many of each class.
     """
     runs = []
     for dataset in datasets:
@@ -147,4 +163,5 @@ def plan(size: Size, datasets: Sequence[str], *, num_pixels: Mapping[str, int] |
     changed: dict[str, dict[str, Any]] = {f"latents-{L}": {"latent_dim": L} for L in size.latent_dims}
     changed["autoencoder-2"] = AUTOENCODER | {"latent_dim": 2}
     changed |= {f"remedy-{word}": options for word, options in REMEDIES.items()}
-    return runs + [Planned(name_run(first, what), base(size, first, **options)) for what, options in changed.items()]
+    runs += [Planned(name_run(first, what), base(size, first, **options)) for what, options in changed.items()]
+    return runs + plan_labels(size, first, num_labels)

@@ -81,19 +81,20 @@ class PageSource:
 
     def show_figure(self, name: str) -> list[str]:
         """The figure with its caption, if it was drawn."""
-        png = self._read(f"{runs.FIGURES}/{name}.png")
+        png = self.read(f"{runs.FIGURES}/{name}.png")
         return [] if png is None else [picture(png, CAPTIONS[name], CAPTIONS[name])]
 
     def read_picture(self, run: str, name: str) -> bytes | None:
         """A run's picture by its name, if it exists."""
         found = self.study.runs.get(run)
-        return None if found is None else self._read(found.pictures.get(name))
+        return None if found is None else self.read(found.pictures.get(name))
 
     def read_originals(self, dataset: str) -> tuple[str, bytes | None]:
         """The test images of a data set that are shown, with their name."""
-        return "test images", self._read(self.study.data[dataset].originals)
+        return "test images", self.read(self.study.data[dataset].originals)
 
-    def _read(self, path: str | None) -> bytes | None:
+    def read(self, path: str | None) -> bytes | None:
+        """The bytes of a file in the study's folder, if it exists."""
         place = None if path is None else self.folder / path
         return place.read_bytes() if place is not None and place.is_file() else None
 
@@ -242,6 +243,19 @@ def explain_latents(source: PageSource) -> Section:
     return _make_section("latents", _make_table("latents", columns, rows))
 
 
+def explain_labels(source: PageSource) -> Section | None:
+    """What is a label worth? None without semi-supervised runs."""
+    study = source.study
+    rows: list[Row] = []
+    for name, run in study.labelled.items():
+        _, gain = study.find_differences("labels", name)
+        rows.append([run.labels, _format_share(run.classifier), _format_share(run.density), run.log_likelihood, gain])
+    columns = ["labels", "q(y | x) is right", "p(y | x) is right", "L_S", "L_S - that of the base"]
+    pictures = [(f"{run.labels:,} labels", source.read(run.picture)) for run in study.labelled.values()]
+    strips = [picture(png, words, words) for words, png in pictures if png is not None]
+    return _make_section("labels", _make_table("labels", columns, rows), strips) if rows else None
+
+
 def explain_method(source: PageSource) -> Section:
     """How was it measured?"""
     study, settings = source.study, source.study.settings
@@ -255,12 +269,13 @@ def explain_method(source: PageSource) -> Section:
     return _make_section("method", described, **numbers)
 
 
-EXPLANATIONS: tuple[Callable[[PageSource], Section], ...] = (
+EXPLANATIONS: tuple[Callable[[PageSource], Section | None], ...] = (
     explain_beta,
     explain_check,
     explain_blur,
     explain_averaging,
     explain_collapse,
     explain_latents,
+    explain_labels,
     explain_method,
 )

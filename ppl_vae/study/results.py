@@ -145,6 +145,27 @@ class DataNumbers:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LabelledNumbers:
+    """A semi-supervised run.
+
+    Args:
+        labels: How many labels of training images it knows.
+        log_likelihood: L_S, nats per image.
+        classifier, density: The accuracy of q(y | x), and of p(y | x) = p(y) p(x | y) / p(x).
+        seconds, seconds_evaluation: The time of its training and evaluation.
+        picture: Samples, a row for each class: a file in the study's folder.
+    """
+
+    labels: int
+    log_likelihood: Estimate
+    classifier: Estimate
+    density: Estimate
+    seconds: float
+    seconds_evaluation: float
+    picture: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class StudyNumbers:
     """All numbers of a study, as ``study.json`` holds them.
 
@@ -154,7 +175,8 @@ class StudyNumbers:
         datasets: Words of the data sets; the first has all parts.
         seconds: The seconds of training, of evaluation and of measuring, summed over the runs.
         runs: By name, in the order of training.
-        differences: By table ("beta", "collapse" or "latents"), then by run.
+        differences: By table ("beta", "collapse", "latents" or "labels"), then by run.
+        labelled: The semi-supervised runs of the first data set, by name.
     """
 
     size: str
@@ -165,6 +187,7 @@ class StudyNumbers:
     environment: dict[str, Any]
     seconds: dict[str, float]
     differences: dict[str, dict[str, BoundDifferences]]
+    labelled: dict[str, LabelledNumbers] = field(default_factory=dict)
 
     def find_runs(self, names: Iterable[str]) -> list[RunNumbers]:
         """The runs of those names that the study has."""
@@ -182,7 +205,7 @@ class StudyNumbers:
 
     def find_differences(self, table: str, run: str) -> tuple[Difference | None, Difference | None]:
         """ELBO and L_S minus those of the reference of that table; (None, None) for the reference itself."""
-        found = self.differences[table].get(run)
+        found = self.differences.get(table, {}).get(run)
         return (None, None) if found is None else (found.elbo, found.log_likelihood)
 
 

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ppl_vae import runs
+from ppl_vae import data, runs
 from ppl_vae.commands.options import RunStudy
 from ppl_vae.commands.run_series import check_runs, train_or_resume
 from ppl_vae.diagnostics.likelihood import measure_noise
+from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.reports.page.blocks import Section, page, text
 from ppl_vae.reports.page.explorer import make_explorer
 from ppl_vae.reports.text.pages import QUESTIONS, SUBTITLE, TITLE
@@ -26,12 +27,13 @@ from ppl_vae.study.measure import (
     StudyData,
     compare_bounds,
     load_study_data,
+    measure_labelled,
     measure_run,
     write_strip,
 )
 from ppl_vae.study.plan import DEFAULT, QUICK, Planned, Size, base, name_run, plan, sweep_name
 from ppl_vae.study.questions import EXPLANATIONS, PageSource, format_mean
-from ppl_vae.study.results import RUNS, STUDY, DataNumbers, RunNumbers, StudyNumbers, read_study
+from ppl_vae.study.results import RUNS, STUDY, DataNumbers, LabelledNumbers, RunNumbers, StudyNumbers, read_study
 
 LoadedData = dict[str, StudyData]
 
@@ -75,7 +77,12 @@ def collect(
     num_pixels = {each.options.dataset: each.num_pixels for each in loaded.values()}
     planned = [
         replace(each, options=replace(each.options, data_dir=data_dir))
-        for each in plan(size, [each.options.dataset for each in loaded.values()], num_pixels=num_pixels)
+        for each in plan(
+            size,
+            [each.options.dataset for each in loaded.values()],
+            num_pixels=num_pixels,
+            num_labels=_most_labels(next(iter(loaded.values())).splits),
+        )
     ]
     folder = Path(output)
     _make_folder(folder, planned, loaded)
@@ -87,12 +94,12 @@ def collect(
         for each in loaded.values():
             write_strip(folder / each.originals, each.gray[each.shown])
         try:
-            found = _train_and_measure(folder, planned, loaded, say)
+            found, labelled = _train_and_measure(folder, planned, loaded, say)
         except KeyboardInterrupt as error:
             words = f"finished runs are in {folder}, and the same command continues the study"
             raise Interrupted(words, number=getattr(error, "number", signal.SIGINT)) from None
         say("Comparing the runs.")
-        runs.write_json(folder / STUDY, to_json(_assemble_numbers(folder / RUNS, size, name, loaded, found)))
+        runs.write_json(folder / STUDY, to_json(_assemble_numbers(folder / RUNS, size, name, loaded, found, labelled)))
     return folder / STUDY
 
 
@@ -132,16 +139,26 @@ def _make_folder(folder: Path, planned: Sequence[Planned], loaded: LoadedData) -
     runs.check_writable(folder)
 
 
+def _most_labels(splits: data.Splits) -> int:
+    """The most labels of training images that can be kept, equally many of each class 0 to K - 1; 0 without classes."""
+    if any(split not in splits.labels for split in data.SPLITS):
+        return 0
+    counts = splits.labels["train"].bincount() if (splits.labels["train"] >= 0).all() else None
+    return 0 if counts is None else len(counts) * int(counts.min())
+
+
 # --- Training and measuring ---
 
 
-def _train_and_measure(folder: Path, planned: Sequence[Planned], loaded: LoadedData, say: Say) -> dict[str, RunNumbers]:
-    """The numbers of each run, in the order of training."""
+def _train_and_measure(
+    folder: Path, planned: Sequence[Planned], loaded: LoadedData, say: Say
+) -> tuple[dict[str, RunNumbers], dict[str, LabelledNumbers]]:
+    """The numbers of each run, in the order of training, and those of semi-supervised runs."""
 
     def keep_quiet(line: str) -> None:
         """The run's folder holds what is said of it."""
 
-    found = {}
+    found, labelled = {}, {}
     places = {each.name: folder / RUNS / each.name for each in planned}
     finished = {name for name, place in places.items() if (place / runs.MODEL).exists() and is_evaluated(place)}
     with progress_bar(total=len(planned), initial=len(finished), unit="run", desc="study") as bar:
@@ -149,17 +166,27 @@ def _train_and_measure(folder: Path, planned: Sequence[Planned], loaded: LoadedD
             bar.set_description(each.name)
             if each.name not in finished:
                 train_or_resume(places[each.name], each.options, None, say=keep_quiet, draw=False)
-            run = found[each.name] = measure_run(each, folder, loaded[each.dataset])
-            if each.name not in finished:
+            numbers: dict[str, Estimate | None]
+            if each.options.labels is not None:
+                classes = labelled[each.name] = measure_labelled(each, folder)
+                numbers = {"L_S": classes.log_likelihood}
+            else:
+                run = found[each.name] = measure_run(each, folder, loaded[each.dataset])
                 numbers = {"reconstruction": run.reconstruction, "KL": run.kl, "L_S": run.log_likelihood}
+            if each.name not in finished:
                 words = [f"{name} {format_mean(value)}" for name, value in numbers.items() if value is not None]
-                say(f"{run.name}: {', '.join(words)} nats")
+                say(f"{each.name}: {', '.join(words)} nats")
                 bar.update()
-    return found
+    return found, labelled
 
 
 def _assemble_numbers(
-    place: Path, size: Size, name: str, loaded: LoadedData, found: dict[str, RunNumbers]
+    place: Path,
+    size: Size,
+    name: str,
+    loaded: LoadedData,
+    found: dict[str, RunNumbers],
+    labelled: dict[str, LabelledNumbers],
 ) -> StudyNumbers:
     """All numbers of the study, whose runs are in a folder, and of a size with a name."""
     fields = {"training": "seconds", "evaluation": "seconds_evaluation", "measuring": "seconds_measuring"}
@@ -170,8 +197,12 @@ def _assemble_numbers(
         data={word: _describe_data(place, each) for word, each in loaded.items()},
         runs=found,
         environment=runs.describe_environment("cpu"),
-        seconds={what: sum(getattr(run, field) or 0.0 for run in found.values()) for what, field in fields.items()},
-        differences=compare_bounds(place, size, tuple(loaded)),
+        seconds={
+            what: sum(getattr(run, field, 0.0) or 0.0 for run in [*found.values(), *labelled.values()])
+            for what, field in fields.items()
+        },
+        differences=compare_bounds(place, size, tuple(loaded), list(labelled)),
+        labelled=labelled,
     )
 
 
@@ -219,11 +250,12 @@ def write_report(folder: Path) -> Path:
 
 def compose_page(study: StudyNumbers, folder: Path) -> str:
     """The page as a string, with what a study's folder has of pictures, figures, and decoders of two latents."""
-    sections = [explain(PageSource(study, folder)) for explain in EXPLANATIONS]
+    explained = [explain(PageSource(study, folder)) for explain in EXPLANATIONS]
+    sections = [section for section in explained if section is not None]
     places = [folder / RUNS / name_run(study.datasets[0], what) for what in ("latents-2", "autoencoder-2")]
     explorers = [make_explorer(open_run(str(place))).to_html() for place in places if (place / runs.MODEL).exists()]
     title, words = QUESTIONS["explore"]
     sections.append(Section(title, [text(words), *explorers], anchor="explore"))
     datasets = " and ".join(study.datasets)
-    subtitle = SUBTITLE.format(trainings=len(study.runs), datasets=datasets, size=study.size)
+    subtitle = SUBTITLE.format(trainings=len(study.runs) + len(study.labelled), datasets=datasets, size=study.size)
     return page(TITLE, sections, subtitle=subtitle)

@@ -27,7 +27,19 @@ STORED = Path(__file__).parents[2] / "scripts" / "results"
 
 
 def test_every_planned_run_is_measured(numbers: StudyNumbers) -> None:
-    assert list(numbers.runs) == [each.name for each in plan.plan(TINY, ["bars"])]
+    planned = [each.name for each in plan.plan(TINY, ["bars"], num_labels=300)]
+    assert [*numbers.runs, *numbers.labelled] == planned
+    assert list(numbers.labelled) == ["bars-labels-20"]
+
+
+def test_a_semi_supervised_run_is_measured_on_the_base_s_images(study: Study) -> None:
+    folder, numbers = study
+    found = numbers.labelled["bars-labels-20"]
+    one, base = (read_per_image(folder / "runs" / name, "test").result for name in ("bars-labels-20", "bars-beta-1"))
+    difference = (one.log_evidence - base.log_evidence).mean()
+    assert numbers.differences["labels"]["bars-labels-20"].log_likelihood.mean == pytest.approx(float(difference))
+    assert 0 <= found.classifier.mean <= 1
+    assert (folder / found.picture).exists()
 
 
 def test_study_json_holds_the_numbers_and_nothing_else(study: Study) -> None:

@@ -28,7 +28,7 @@ def study_folder(study) -> Path:
 
 def test_the_report_has_every_section_and_figure(study_folder):
     html = (study_folder / "report.html").read_text()
-    assert len(headings(html)) == 8
+    assert len(headings(html)) == 9
     figures = list((study_folder / "figures").glob("*.png"))
     assert len(figures) == 3
     assert all(base64.b64encode(path.read_bytes()).decode() in html for path in figures)

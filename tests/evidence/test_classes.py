@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import pyro.distributions as dist
 import torch
 from labelled_model import PROBS, K, exact_vae, labelled_images, log_p_x_given_y
 from torch.testing import assert_close
@@ -66,6 +67,17 @@ def test_the_monte_carlo_error_is_that_of_propagated_noise():
     noise = torch.randn(20_000, *found.given.log_evidence.shape).double() * found.given.monte_carlo_stderr
     spread = (found.log_prior + found.given.log_evidence + noise).logsumexp(2).std(0)
     assert_close(found.marginal().monte_carlo_stderr, spread, rtol=0.03, atol=0)
+
+
+def test_what_is_lacking_is_the_fall_of_a_sum_of_noisy_means():
+    """Against draws of unbiased means of each class, whose logarithms lack 0.01 to 0.04 nats by themselves."""
+    found = random_evidence()
+    lacks = torch.tensor([0.01, 0.02, 0.04]).double()
+    found.given.bias[:] = lacks
+    noise = dist.Gamma(1 / (2 * lacks), 1 / (2 * lacks)).sample((200_000,))  # mean 1, variance 2 lacks
+    r = found.log_posterior().exp()
+    fall = -(r * noise[:, None]).sum(-1).log().mean(0)
+    assert_close(found.marginal().bias, fall, rtol=0.05, atol=5e-4)
 
 
 def test_unknown_k_hats_are_left_out_of_the_mean():

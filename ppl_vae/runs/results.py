@@ -232,13 +232,13 @@ def read_evaluation(folder: Path, split: str = "test") -> Evaluation | None:
     return None if entry is None else _from_file(folder / runs.EVALUATION, _evaluation_kind(entry), entry)
 
 
-def read_entry(entry: Any) -> Evaluation:
+def read_entry(entry: object) -> Evaluation:
     """An evaluation from its entry of evaluation.json, an object; as ``from_json``."""
     return from_json(_evaluation_kind(entry), entry)
 
 
-def _evaluation_kind(entry: Mapping[str, object]) -> type[Evaluation]:
-    return LabelledEvaluation if "accuracy" in entry else Evaluation
+def _evaluation_kind(entry: object) -> type[Evaluation]:
+    return LabelledEvaluation if isinstance(entry, Mapping) and "accuracy" in entry else Evaluation
 
 
 def read_diagnosis(folder: Path) -> Diagnosis | None:

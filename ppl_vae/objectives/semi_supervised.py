@@ -8,7 +8,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor
-from torch.distributions import Categorical, kl_divergence
+from torch.distributions import Categorical
 
 from ppl_vae.labels import SemiSupervisedVAE
 from ppl_vae.objectives.importance import EnumeratedELBO, module_of
@@ -85,7 +85,8 @@ def _smoothness(classifier: Callable[[Tensor], Categorical], x: Tensor) -> Tenso
         fixed_q = dist.Categorical(logits=classifier(x).logits.detach())
 
         def change(d: Tensor) -> Tensor:
-            return kl_divergence(fixed_q, classifier(x + d))
+            # Not torch's kl_divergence, which is infinite where a probability underflows.
+            return (fixed_q.probs * (fixed_q.logits - classifier(x + d).logits)).sum(-1)
 
         steepest = torch.func.grad(lambda d: change(d).sum())(radius * _unit(d)).detach()
         return change(radius * _unit(steepest))

@@ -174,6 +174,16 @@ def test_the_gradient_of_a_classifier_that_small_changes_leave_alone_is_that_of_
     assert_close(ours(1.0) - ours(0.0), gradient(plain), **EXACT)
 
 
+def test_the_gradient_is_finite_where_a_probability_underflows():
+    (x, y), vae = images(8), trained_parts()
+    with torch.no_grad():
+        vae.classifier.net.weight.mul_(1e4)
+    loss = SemiSupervisedELBO(label_weight=1.0)
+    assert (vae.classifier(x).probs == 0).any()
+    loss.differentiable_loss(vae.model, vae.guide, x, torch.full_like(y, UNKNOWN), x, y).backward()
+    assert vae.classifier.net.weight.grad.isfinite().all()
+
+
 def test_a_training_finds_classes_that_few_labels_name():
     pyro.set_rng_seed(0)
     centers = 4.0 * torch.eye(K, D)

@@ -221,7 +221,7 @@ def test_the_stored_numbers_of_each_image_give_the_difference(folders, tmp_path)
 
 def test_the_options_that_take_the_stored_evaluations_are_named(folders, tmp_path):
     _, said = _compare(folders, ["a", "b"], tmp_path / "out", num_particles=21)
-    assert "would be taken with --images 30 --num-particles 20 --seed 0" in said
+    assert "To take the stored ones: --images 30 --num-particles 20 --seed 0" in said
 
 
 def test_stored_evaluations_of_the_same_kind_are_taken(folders, tmp_path, no_evaluation):

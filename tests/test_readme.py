@@ -227,7 +227,7 @@ def test_the_numbers_of_the_study_are_those_of_the_stored_study():
     numbers = re.findall(r"[+-]?[\d.,]*\d ± [\d.]*\d%?", " ".join(page.split()))
     assert len(numbers) > 20
     assert set(numbers) <= find_means(study)
-    assert f"# {len(study['runs'])} trainings" in page
+    assert f"# {len(study['runs']) + len(study['labelled'])} trainings" in page
     for part in ("training", "evaluation", "measuring"):
         assert f"{study['seconds'][part] / 60:.0f}" in page.split("Training took")[1].split("each run")[0]
 

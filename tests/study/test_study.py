@@ -65,6 +65,10 @@ def test_a_finished_study_trains_and_measures_nothing_again(
 def test_the_stored_study_is_that_of_the_planned_runs() -> None:
     stored = {name: each.options for name, each in read_study(STORED).runs.items()}
     planned = {each.name: each.options for each in plan.plan(DEFAULT, RunStudy().datasets)}
+    few = plan.plan_labels(DEFAULT, "mnist", 50_000)
+    assert {each.name: each.options.labels for each in few} == {
+        name: each.labels for name, each in read_study(STORED).labelled.items()
+    }
     assert planned.keys() == stored.keys()
     for name, options in planned.items():
         assert {word: getattr(options, word) for word in stored[name]} == stored[name]

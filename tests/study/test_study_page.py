@@ -36,4 +36,4 @@ def test_the_report_has_every_section_and_figure(study_folder):
 
 def test_the_stored_study_has_a_page_without_its_pictures(tmp_path):
     stored = read_study(Path(__file__).parents[2] / "scripts" / "results")
-    assert len(headings(compose_page(stored, tmp_path))) == 8
+    assert len(headings(compose_page(stored, tmp_path))) == 9

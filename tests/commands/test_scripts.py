@@ -138,7 +138,8 @@ def test_config_holds_what_was_asked_for_and_leaves_no_choice_open(first: tuple[
     asked = {"hidden": [16], "latent_dim": 2, "epochs": 2, "images": 20, "evaluation_particles": 10}
     assert asked.items() <= options.items()
     assert options["dataset"] == str(datasets / "small.npz")
-    unused, absent = {"data_dir", "image_size", "color", "classes"}, {"upper_latents", "start_from", "skip_norm"}
+    unused = {"data_dir", "image_size", "color", "classes", "labels"}
+    absent = {"upper_latents", "start_from", "skip_norm"}
     assert {name for name, value in options.items() if value is None} == unused | absent
 
 

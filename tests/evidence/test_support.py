@@ -53,6 +53,7 @@ def test_every_public_function_of_a_vae_is_in_one_of_the_two_lists():
         - {
             "mix_prior_into_guide",
             "replace_guide",
+            "sample_classes",
             "autocast",
             "loss_of_batch",
             "loss_per_image",

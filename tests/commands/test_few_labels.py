@@ -15,7 +15,7 @@ from ppl_vae.commands.train import resume_run
 from ppl_vae.runs.open import open_run
 from ppl_vae.runs.results import LabelledEvaluation, read_evaluation
 
-FEW = replace(SMALL, labels=40, objective=None, epochs=80, learning_rate=0.01)
+FEW = replace(SMALL, labels=40, objective=None, epochs=20, learning_rate=0.03)
 
 
 @pytest.fixture(scope="module")

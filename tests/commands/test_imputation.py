@@ -115,7 +115,7 @@ def test_pictures_are_brought_to_a_runs_shape_by_its_own_fit_as_they_are_when_en
     told: list[str] = []
     written = encode_images(Encode(str(run), str(pictures), **words), say=told.append)
     note, own = summary["notes"]
-    assert "seen 40 of 40 images" in own  # bars repeat
+    assert "40 of 40 images are also in the run's data" in own  # bars repeat
     assert "40 of 40 images" in note
     assert "stretched to 8x8" in note
     assert note in said

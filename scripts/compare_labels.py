@@ -39,13 +39,10 @@ class CompareLabels(CheckedOptions):
 
 def accuracy(classifier: nn.Module, run: Run) -> float:
     """The share of all test images whose most probable label is their own."""
-    import torch
-
     from ppl_vae import data
+    from ppl_vae.evidence.classes import classify
 
-    x = data.evaluation_images(run.splits, "test", run.pixels)
-    with torch.no_grad():
-        found = torch.cat([classifier(part).logits.argmax(-1) for part in x.split(1000)])
+    found = classify(classifier, data.evaluation_images(run.splits, "test", run.pixels))
     return float((found == run.splits.labels["test"]).double().mean())
 
 

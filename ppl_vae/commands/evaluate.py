@@ -14,18 +14,18 @@ from typing import NamedTuple
 
 import pyro
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ppl_vae import data, runs
 from ppl_vae.commands.options import Certify, CompareRuns, Encode, Evaluate
 from ppl_vae.diagnostics.likelihood import calibrate_pixels
-from ppl_vae.evidence.classes import ClassEvidence, count_confusions
+from ppl_vae.evidence.classes import ClassEvidence, classify, count_confusions
 from ppl_vae.evidence.dequantization import LevelsPosterior, levels_of
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.evaluation import evaluate, reconstruction
 from ppl_vae.evidence.importance import IMPORTANCE_NAMES, Importance
-from ppl_vae.labels import ConditionalVAE, SemiSupervisedVAE
+from ppl_vae.labels import ConditionalVAE
 from ppl_vae.parts.likelihoods import fit_independent_pixels
 from ppl_vae.reports.text.evaluation import describe_evaluation, describe_replacement
 from ppl_vae.runs.build import build_likelihood, is_autoencoder
@@ -51,7 +51,6 @@ from ppl_vae.runtime.records import Data, EachLabel
 from ppl_vae.vae import VAE
 
 _FLOOR_SEED = 0
-_CLASSIFIED_AT_ONCE = 1000  # images
 _FLOATS_PER_MASS = 48  # per pixel, for the exact mass of a level
 
 
@@ -160,12 +159,13 @@ def _estimate(
 def _classify(run: Run, found: Evaluation, measured: ClassEvidence, x: Tensor, y: Tensor) -> LabelledEvaluation:
     """Adds to the evaluation of log p(x) of images x, (n, *E), what their labels y, (n,), say."""
     log_posterior, given, S = measured.log_posterior(), measured.given_label(y), found.num_particles
-    predicted, vae, guessed = log_posterior.argmax(1), load(run.folder), None
-    if isinstance(vae, SemiSupervisedVAE):
-        classify = LevelsPosterior(vae.classifier) if run.pixels == "dequantized" else vae.classifier
-        with torch.no_grad(), seeded(found.seed, x.device):
-            guesses = torch.cat([classify(part).logits.argmax(-1) for part in x.split(_CLASSIFIED_AT_ONCE)])
-        guessed = Estimate.mean_of((guesses == y).double(), 1)
+    predicted, guessed = log_posterior.argmax(1), None
+    if run.options.labels is not None:
+        classifier: nn.Module = load(run.folder).get_submodule("classifier")
+        if run.pixels == "dequantized":
+            classifier = LevelsPosterior(classifier)
+        with seeded(found.seed, x.device):  # of the draw of u, where levels are dequantized
+            guessed = Estimate.mean_of((classify(classifier, x) == y).double(), 1)
     return LabelledEvaluation(
         **vars(found),
         log_likelihood_given_label=Estimate.mean_of(given.log_evidence, S),

@@ -270,9 +270,11 @@ def _train(run: Run, saved: Saved | None, *, say: Say, compile_if_possible: bool
     if stream:
         gib = stored.numel() * stored.element_size() / 2**30
         say(f"The training images ({gib:.2f} GiB) are not held on the device: each batch is brought there in time.")
-    images, validation = run.add_labels("train", stored), None
-    if options.labels is not None:
+    if options.labels is None:
+        images = run.add_labels("train", stored)
+    else:
         images = data.add_labelled_images(stored, run.known_labels("train"), transform, seed=options.seed)
+    validation = None
     if len(splits.validation):
         validation = run.add_labels("validation", data.evaluation_images(splits, "validation", run.pixels))
     vae = _prepare_vae(run, saved, say)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributions import Categorical
 
 from ppl_vae.evidence.importance import Importance
 
 
 @dataclass(frozen=True)
 class ClassEvidence:
-    """What S particles say about each image with each of K labels.
+    """Estimates of log p(x | y) for every image and each of K labels, from S particles.
 
         log p(x) = log sum_y p(y) p(x | y),    p(y | x) = p(y) p(x | y) / p(x)
 
@@ -72,6 +74,15 @@ def _mean_of_known(values: Tensor, weights: Tensor) -> Tensor:
     """The weighted mean over the last dimension of values that are not NaN; NaN where all are."""
     known = ~values.isnan()
     return torch.where(known, weights * values, 0.0).sum(-1) / torch.where(known, weights, 0.0).sum(-1)
+
+
+_CHUNK = 1000  # images
+
+
+@torch.no_grad()
+def classify(classifier: Callable[[Tensor], Categorical], x: Tensor) -> Tensor:
+    """(N,) the most probable label of each image of x (N, *E) by q(y | x)."""
+    return torch.cat([classifier(part).logits.argmax(-1) for part in x.split(_CHUNK)])
 
 
 def count_confusions(y: Tensor, predicted: Tensor, num_classes: int) -> Tensor:

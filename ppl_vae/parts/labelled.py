@@ -55,7 +55,7 @@ class LabelledDecoder(nn.Module):
 class LabelledEncoder(nn.Module):
     """h = head(a(net(x)), one-hot y), a a leaky ReLU.
 
-    The net of the image does not see the label, so it runs once for all labels of an image.
+    The net of the image does not see the label: where a program tries all labels of an image, it runs once.
 
     Args:
         net: Images (..., *E) -> features (..., G).

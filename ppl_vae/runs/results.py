@@ -190,7 +190,8 @@ class Evaluation(ImportanceSummary, Provenance):
 class LabelledEvaluation(Evaluation):
     """The evaluation of a model of labelled images. log p(x) sums p(x | y) over the labels exactly.
 
-    The classifier is p(y | x) = p(y) p(x | y) / p(x), with the training frequencies p(y). Nats per image.
+    The classifier is p(y | x) = p(y) p(x | y) / p(x), with the frequencies of the known training labels as p(y). Nats
+    per image.
     """
 
     log_likelihood_given_label: Estimate  # log p(x | y) for the image's label y, the bound L_S

@@ -97,7 +97,12 @@ def _describe_classifier(accuracy: Estimate | None) -> list[str]:
 
 
 def _percent(share: Estimate) -> str:
-    return f"{100 * share.mean:.2f} ± {100 * (share.stderr or 0):.2f} %"
+    """A share in percent with its error.
+
+    >>> _percent(Estimate(0.967, 0.0057))
+    '96.70 ± 0.57 %'
+    """
+    return f"{plus_minus(Estimate(100 * share.mean, 100 * share.stderr))} %"
 
 
 def _describe_classes(found: LabelledEvaluation) -> list[str]:

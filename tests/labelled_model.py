@@ -12,7 +12,7 @@ from ppl_vae.parts.labelled import ClassNormals
 
 K, D, L = 3, 6, 2
 CLASSES = [LinearGaussian.random(D=D, L=L, seed=k) for k in range(K)]
-PROBS = torch.tensor([0.5, 0.2, 0.3]).double()
+PROBS = torch.tensor([0.5, 0.2, 0.3], dtype=torch.double)
 
 
 class OfClass(nn.Module):
@@ -23,12 +23,14 @@ class OfClass(nn.Module):
         self.part = part
 
     def forward(self, c: Tensor, y: Tensor) -> dist.Independent:
+        """c: (..., C), y: of a shape that broadcasts with (...), also further to the left."""
         normals = [getattr(one.vae(), self.part)(c).base_dist for one in CLASSES]
-        loc, scale = (
-            torch.stack([getattr(n, name).expand(n.batch_shape) for n in normals]) for name in ("loc", "scale")
-        )
-        pick = y.expand(loc.shape[1:-1])[None, ..., None].expand(1, *loc.shape[1:])
-        return dist.Normal(loc.gather(0, pick)[0], scale.gather(0, pick)[0]).to_event(1)
+        loc = torch.stack([n.loc for n in normals], dim=-2)
+        scale = torch.stack([n.scale.expand(n.loc.shape) for n in normals], dim=-2)
+        batch = torch.broadcast_shapes(y.shape, loc.shape[:-2])
+        index = y.expand(batch)[..., None, None].expand(*batch, 1, loc.shape[-1])
+        picked = (t.expand(*batch, *t.shape[-2:]).gather(-2, index).squeeze(-2) for t in (loc, scale))
+        return dist.Normal(*picked).to_event(1)
 
 
 def exact_vae() -> ConditionalVAE:

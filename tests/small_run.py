@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
-from ppl_vae import load
+from ppl_vae import load, runs
 from ppl_vae.commands.train import train_run
 from ppl_vae.runs.options import PLAIN, Options
 
@@ -71,3 +73,33 @@ def exact_log_p(folder: Path, x: np.ndarray) -> np.ndarray:
     log_p = white @ torch.nn.functional.logsigmoid(logits).T + black @ torch.nn.functional.logsigmoid(-logits).T
     log_prior = -z.square().sum(1).double() / 2 - math.log(2 * math.pi)
     return (log_p + log_prior + 2 * math.log(0.05)).logsumexp(1).numpy()
+
+
+class Killed(BaseException):
+    """Nothing of the program runs after it."""
+
+
+@contextmanager
+def killed_at_save(number: int) -> Iterator[None]:
+    """A block that is killed just after the training state was saved for the given time."""
+    saves, save_tensors = [], runs.save_tensors
+
+    def save_and_die(path, *rest):
+        save_tensors(path, *rest)
+        saves.append(path.name)
+        if saves.count(runs.TRAINING_STATE) == number:
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "save_tensors", save_and_die)
+        with pytest.raises(Killed):
+            yield
+
+
+def assert_same_numbers(one: Path, other: Path) -> None:
+    """Two run folders have the same weights, bit for bit, and the same evaluation but for its time."""
+    weights, expected = (runs.load_tensors(folder / runs.MODEL)[0] for folder in (one, other))
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[key], expected[key]) for key in expected)
+    found, expected = (runs.read_evaluations(folder)["test"] for folder in (one, other))
+    assert found | {"seconds": 0} == expected | {"seconds": 0}

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_run import SMALL, save_bars, silent, train_small
+from small_run import SMALL, assert_same_numbers, killed_at_save, save_bars, silent, train_small
 
 from ppl_vae import load, runs
 from ppl_vae.commands.latents import sample_run
@@ -46,27 +46,12 @@ def test_only_the_kept_labels_reach_training(run):
     assert (validation == -1).all()
 
 
-def test_an_interrupted_run_goes_on_to_the_same_numbers(run, place, monkeypatch):
-    class Killed(Exception):
-        pass
-
-    saved, save_tensors = [], runs.save_tensors
-
-    def save_and_die(path, *rest):
-        save_tensors(path, *rest)
-        saved.append(path.name)
-        if saved.count(runs.TRAINING_STATE) == 7:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(runs, "save_tensors", save_and_die)
-        with pytest.raises(Killed):
-            train_small(place / "killed", replace(FEW, dataset=str(place / "bars.npz"), checkpoint_seconds=0.0))
+def test_an_interrupted_run_goes_on_to_the_same_numbers(run, place):
+    options = replace(FEW, dataset=str(place / "bars.npz"), checkpoint_seconds=0.0)
+    with killed_at_save(7):
+        train_small(place / "killed", options)
     resume_run(str(place / "killed"), say=silent, draw=False)
-    one, expected = (runs.load_tensors(folder / runs.MODEL)[0] for folder in (place / "killed", run))
-    assert all(torch.equal(one[key], expected[key]) for key in expected)
-    one, expected = (runs.read_evaluations(folder)["test"] for folder in (place / "killed", run))
-    assert one | {"seconds": 0} == expected | {"seconds": 0}
+    assert_same_numbers(place / "killed", run)
 
 
 def test_samples_come_by_class(run, tmp_path):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from small_run import SMALL, bars, save_bars, silent, train_small
+from small_run import SMALL, assert_same_numbers, bars, killed_at_save, save_bars, silent, train_small
 from torch.testing import assert_close
 
 from ppl_vae import load, log_evidence, runs
@@ -94,28 +94,12 @@ def test_evaluated_again_every_number_is_the_same(run):
     assert runs.read_json(run / runs.EVALUATION)["test"] | {"seconds": 0} == before | {"seconds": 0}
 
 
-def test_an_interrupted_run_goes_on_to_the_same_numbers(short, place, monkeypatch):
-    class Killed(Exception):
-        pass
-
-    saved, save_tensors = [], runs.save_tensors
-
-    def save_and_die(path, *rest):
-        save_tensors(path, *rest)
-        saved.append(path.name)
-        if saved.count(runs.TRAINING_STATE) == 7:
-            raise Killed
-
-    options = replace(SHORT, dataset=str(place / "bars.npz"))
-    with monkeypatch.context() as patch:
-        patch.setattr(runs, "save_tensors", save_and_die)
-        with pytest.raises(Killed):
-            train_small(place / "killed", replace(options, checkpoint_seconds=0.0))
+def test_an_interrupted_run_goes_on_to_the_same_numbers(short, place):
+    options = replace(SHORT, dataset=str(place / "bars.npz"), checkpoint_seconds=0.0)
+    with killed_at_save(7):
+        train_small(place / "killed", options)
     resume_run(str(place / "killed"), say=silent, draw=False)
-    one, expected = (runs.load_tensors(folder / runs.MODEL)[0] for folder in (place / "killed", short))
-    assert all(torch.equal(one[key], expected[key]) for key in expected)
-    one, expected = (runs.read_evaluations(folder)["test"] for folder in (place / "killed", short))
-    assert one | {"seconds": 0} == expected | {"seconds": 0}
+    assert_same_numbers(place / "killed", short)
 
 
 def test_a_streamed_training_has_the_same_weights(short, place):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pyro
 import pyro.distributions as dist
 import torch
-from oracles import LinearGaussian
+from labelled_model import CLASSES, PROBS, D, K, L, OfClass, labelled_images, log_p_x_given_y
 from pyro.infer import TraceEnum_ELBO
 from torch import nn
 from torch.testing import assert_close
@@ -18,28 +18,7 @@ from ppl_vae.parts.labelled import Classes, ClassNormals
 from ppl_vae.runtime.records import UNKNOWN
 from ppl_vae.training import Optimizer, Schedule
 
-K, D, L = 3, 6, 2
-CLASSES = [LinearGaussian.random(D=D, L=L, seed=k) for k in range(K)]
-PROBS = torch.tensor([0.5, 0.2, 0.3], dtype=torch.double)
 EXACT = {"rtol": 0, "atol": 1e-9}
-
-
-class OfClass(nn.Module):
-    """One part of the VAE of each class, chosen by the label of each image."""
-
-    def __init__(self, part):
-        super().__init__()
-        self.part = part
-
-    def forward(self, c, y):
-        normals = [getattr(one.vae(), self.part)(c).base_dist for one in CLASSES]
-        loc, scale = (
-            torch.stack([getattr(n, name).expand(n.loc.shape) for n in normals], dim=-2) for name in ("loc", "scale")
-        )
-        batch = torch.broadcast_shapes(y.shape, loc.shape[:-2])
-        index = y.expand(batch)[..., None, None].expand(*batch, 1, loc.shape[-1])
-        pick = lambda t: t.expand(*batch, *t.shape[-2:]).gather(-2, index).squeeze(-2)  # noqa: E731
-        return dist.Normal(pick(loc), pick(scale)).to_event(1)
 
 
 class ExactClasses(nn.Module):
@@ -65,18 +44,8 @@ def trained_parts(seed=0):
     return vae.double()
 
 
-def images(N=12):
-    y = torch.arange(N) % K
-    return torch.stack([CLASSES[k].draw(1, seed=i)[0] for i, k in enumerate(y)]), y
-
-
-def log_p_x_given_y(x):
-    """(N, K) in closed form."""
-    return torch.stack([one.log_evidence(x) for one in CLASSES], dim=1)
-
-
 def test_the_elbo_of_the_exact_guide_is_log_p_of_image_and_label_where_it_is_known_and_of_the_image_elsewhere():
-    vae, (x, y) = exact_vae(), images()
+    vae, (x, y) = exact_vae(), labelled_images()
     known = torch.arange(len(x)) < 5
     given = torch.where(known, y, UNKNOWN)
     elbo = -EnumeratedELBO().differentiable_loss(vae.model, vae.guide, x, given)
@@ -86,14 +55,14 @@ def test_the_elbo_of_the_exact_guide_is_log_p_of_image_and_label_where_it_is_kno
 
 
 def test_log_weights_are_log_p_of_the_image_whether_its_label_is_known_or_not():
-    vae, (x, y) = exact_vae(), images()
+    vae, (x, y) = exact_vae(), labelled_images()
     expected = (log_p_x_given_y(x) + PROBS.log()).logsumexp(1)
     for given in (y, torch.full_like(y, UNKNOWN)):
         assert_close(log_weights(vae.model, vae.guide, Records(x, given), 2), expected.expand(2, -1), **EXACT)
 
 
 def test_the_gradient_of_the_elbo_is_that_of_pyros_sum_over_labels():
-    vae, (x, y) = trained_parts(), images()
+    vae, (x, y) = trained_parts(), labelled_images()
     given = torch.where(torch.arange(len(x)) < 5, y, UNKNOWN)
     found = {}
     for name, loss in (("ours", EnumeratedELBO()), ("pyro", TraceEnum_ELBO(max_plate_nesting=1))):
@@ -107,7 +76,7 @@ def test_the_gradient_of_the_elbo_is_that_of_pyros_sum_over_labels():
 
 
 def test_the_loss_of_a_linear_classifier_is_the_sum_of_its_four_terms():
-    vae, (x, y), weight = trained_parts(), images(40), 7.0
+    vae, (x, y), weight = trained_parts(), labelled_images(40), 7.0
     labelled_x, labelled_y = x.flip(0), y.flip(0)
     unknown = torch.full_like(y, UNKNOWN)
     pyro.set_rng_seed(5)
@@ -149,7 +118,7 @@ class Table(nn.Module):
 
 
 def test_the_gradient_of_a_classifier_that_small_changes_leave_alone_is_that_of_the_plain_formula():
-    (x, y), vae = images(8), trained_parts()
+    (x, y), vae = labelled_images(8), trained_parts()
     x = torch.cat([10.0 * torch.arange(8.0)[:, None], x[:, 1:]], dim=1)
     net = Table(71)
     vae.classifier = Conditional(net, Classes(K))
@@ -175,7 +144,7 @@ def test_the_gradient_of_a_classifier_that_small_changes_leave_alone_is_that_of_
 
 
 def test_the_gradient_is_finite_where_a_probability_underflows():
-    (x, y), vae = images(8), trained_parts()
+    (x, y), vae = labelled_images(8), trained_parts()
     with torch.no_grad():
         vae.classifier.net.weight.mul_(1e4)
     loss = SemiSupervisedELBO(label_weight=1.0)

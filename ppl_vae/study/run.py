@@ -21,16 +21,9 @@ from ppl_vae.runs.outputs import make_output_folder, write_figure
 from ppl_vae.runs.results import is_evaluated, read_evaluation, to_json
 from ppl_vae.runtime.errors import Interrupted
 from ppl_vae.runtime.process import progress_bar
+from ppl_vae.study.data import MOST_TRAINING_IMAGES, StudyData, load_study_data, write_strip
 from ppl_vae.study.figures import FIGURES
-from ppl_vae.study.measure import (
-    MOST_TRAINING_IMAGES,
-    StudyData,
-    compare_bounds,
-    load_study_data,
-    measure_labelled,
-    measure_run,
-    write_strip,
-)
+from ppl_vae.study.measure import compare_bounds, measure_labelled, measure_run
 from ppl_vae.study.plan import DEFAULT, QUICK, Planned, Size, base, name_run, plan, sweep_name
 from ppl_vae.study.questions import EXPLANATIONS, PageSource, format_mean
 from ppl_vae.study.results import RUNS, STUDY, DataNumbers, LabelledNumbers, RunNumbers, StudyNumbers, read_study

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, MultivariateNormal, Normal
 
-from ppl_vae.study.measure import fit_densities
+from ppl_vae.study.data import fit_densities
 
 
 def clustered_codes(count: int, seed: int) -> Tensor:

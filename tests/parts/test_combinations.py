@@ -155,16 +155,6 @@ def test_stored_weights_have_the_same_log_weights(tmp_path, words):
     assert torch.equal(*found)
 
 
-@pytest.mark.parametrize("words", CASES)
-def test_an_evaluation_changes_neither_weights_nor_the_generator(words):
-    vae, x, _ = _built(words)
-    before, state = {name: w.clone() for name, w in vae.state_dict().items()}, torch.get_rng_state()
-    evaluate(vae.train(), x, num_particles=4, seed=3)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert all(torch.equal(w, before[name]) for name, w in vae.state_dict().items())
-    assert vae.training
-
-
 # --- What a VampPrior's pseudo-images go through ---
 
 
@@ -183,17 +173,6 @@ def test_pseudo_images_pass_through_the_encoder_in_a_captured_step(graphs, words
     vae.prior.start_from(x)
     _assert_captured_is_eager(vae.train(), objective, x)
     assert log_evidence(vae.model, vae.guide, x, num_particles=5).isfinite().all()
-
-
-def test_pseudo_images_are_in_the_unit_of_the_data():
-    """Of pseudo-images that are the data's, each component is the posterior of that image."""
-    vae, x, _ = _built({"likelihood": "normal"} | PRIORS["vamp"])
-    x = 100 + 10 * x
-    with torch.no_grad():
-        vae.prior.pseudo_images.copy_(x[:4])
-        z, q = torch.randn(6, 3, dtype=torch.double), vae.posterior(x[:4])
-        each = torch.stack([torch.distributions.Normal(q.mean[k], q.stddev[k]).log_prob(z).sum(-1) for k in range(4)])
-        assert_close(vae.prior().log_prob(z), each.logsumexp(0) - torch.tensor(4.0).log().double())
 
 
 # --- Missing pixels ---

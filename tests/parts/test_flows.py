@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
-from oracles import draws_have_the_moments_of_the_density, quadrature_grid
+from oracles import quadrature_grid
 from pyro.distributions.transforms.spline import _monotonic_rational_spline
 from random_weights import at_random
 from scipy.stats import kstest
@@ -60,25 +59,14 @@ SIZES = [(*shape, 0.2, 1e-10) for shape in SHAPES] + [
 ]
 
 
+@pytest.mark.parametrize(("way", "back"), [("forward", "inverse"), ("inverse", "forward")])
 @pytest.mark.parametrize(("name", "dim", "size", "tolerance"), SIZES)
 @torch.no_grad()
-def test_the_inverse_of_a_layer_takes_its_values_back_with_the_opposite_volume(name, dim, size, tolerance):
-    layer = _layer(name, dim, size=size)
-    u = 2 * _randn(200, dim)
-    y, log_volume = layer(u)
-    back, log_volume_back = layer.inverse(y)
-    assert_close(back, u, rtol=tolerance, atol=tolerance)
-    assert_close(log_volume_back, -log_volume, rtol=tolerance, atol=tolerance)
-
-
-@pytest.mark.parametrize(("name", "dim", "size", "tolerance"), SIZES)
-@torch.no_grad()
-def test_a_layer_takes_the_values_of_its_inverse_back_with_the_opposite_volume(name, dim, size, tolerance):
-    layer = _layer(name, dim, size=size)
-    y = 2 * _randn(200, dim, seed=1)
-    u, log_volume = layer.inverse(y)
-    again, log_volume_again = layer(u)
-    assert_close(again, y, rtol=tolerance, atol=tolerance)
+def test_a_layer_and_its_inverse_undo_each_other_with_opposite_volumes(name, dim, size, tolerance, way, back):
+    layer, u = _layer(name, dim, size=size), 2 * _randn(200, dim)
+    y, log_volume = getattr(layer, way)(u)
+    again, log_volume_again = getattr(layer, back)(y)
+    assert_close(again, u, rtol=tolerance, atol=tolerance)
     assert_close(log_volume_again, -log_volume, rtol=tolerance, atol=tolerance)
 
 
@@ -202,15 +190,6 @@ def test_a_spline_is_pyros(way, size):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_splines_slope_is_its_numeric_derivative(way):
-    h, step = _features(2_000), 1e-6
-    x = 11 * torch.rand(2_000, generator=torch.Generator().manual_seed(1), dtype=torch.double) - 5.5
-    above, below = (_spline(x + sign * step, h, inverse=WAYS[way])[0] for sign in (1, -1))
-    _, log_slope = _spline(x, h, inverse=WAYS[way])
-    assert_close(log_slope.exp(), (above - below) / (2 * step), rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("way", WAYS)
 def test_a_splines_gradients_are_its_numeric_derivatives(way):
     """Also in the middle of a bin of the identity, where the two forms of the inverse's root meet."""
     h = torch.cat([_features(6), torch.zeros(2, 3 * BINS - 1, dtype=torch.double)]).requires_grad_()
@@ -296,21 +275,6 @@ def _pushforward(name, *, dim=2):
     return Pushforward(StandardNormal(dim).double()(), flow)
 
 
-@pytest.mark.parametrize("name", COUPLINGS)
-@torch.no_grad()
-def test_a_density_integrates_to_one(name):
-    p = _pushforward(name)
-    z, cell = quadrature_grid(p, points=301)
-    assert float(p.log_prob(z).exp().sum() * cell) == pytest.approx(1.0, abs=1e-4)
-
-
-@pytest.mark.parametrize("name", COUPLINGS)
-@torch.no_grad()
-def test_draws_have_the_moments_of_the_density(name):
-    p = _pushforward(name)
-    assert draws_have_the_moments_of_the_density(p, points=301)
-
-
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("name", COUPLINGS)
 @torch.no_grad()
@@ -346,16 +310,6 @@ def test_the_gradient_of_a_draw_is_that_of_its_expectation(name):
     assert ((found.mean(0) - exact).abs() <= 4.5 * stderr + 1e-3 * exact.abs()).all()
 
 
-@pytest.mark.parametrize("of", ["density", "draw"])
-@pytest.mark.parametrize("name", COUPLINGS)
-def test_a_gradient_reaches_every_parameter(name, of):
-    p = _pushforward(name, dim=5)
-    torch.manual_seed(0)
-    value = p.log_prob(_randn(50, 5)) if of == "density" else p.rsample((50,)).square()
-    gradients = torch.autograd.grad(value.sum(), list(p.flow.parameters()))
-    assert all((g != 0).any() for g in gradients)
-
-
 @pytest.mark.parametrize("name", COUPLINGS)
 def test_an_expanded_distribution_draws_each_by_itself_and_has_the_same_density(name):
     p = _pushforward(name)
@@ -365,17 +319,3 @@ def test_an_expanded_distribution_draws_each_by_itself_and_has_the_same_density(
     assert (wide.batch_shape, wide.event_shape, z.shape) == ((3, 4), (2,), (2, 3, 4, 2))
     assert len(z.detach().reshape(-1, 2).unique(dim=0)) == 24
     assert_close(wide.log_prob(z), p.log_prob(z))
-
-
-def test_a_flow_is_its_layers_one_after_the_other():
-    flow = _layer("flow of spline", 4)
-    values = [_randn(3, 4)]
-    for layer in flow.layers:
-        values.append(layer(values[-1])[0])
-    log_volumes = [
-        torch.autograd.functional.jacobian(lambda u, layer=layer: layer(u)[0], u[0]).slogdet().logabsdet
-        for layer, (u, _) in zip(flow.layers, pairwise(values), strict=True)
-    ]
-    y, log_volume = flow(values[0])
-    assert torch.equal(y, values[-1])
-    assert_close(log_volume[0], torch.stack(log_volumes).sum())

@@ -67,6 +67,7 @@ def test_batch_and_event_shapes_are_those_of_features_and_images(case, likelihoo
     assert tuple(distribution.batch_shape) == batch
     assert tuple(distribution.event_shape) == case.event == likelihood.event_shape
     assert tuple(distribution.log_prob(distribution.sample()).shape) == batch
+    assert tuple(distribution.mean.shape) == (*batch, *case.event)
 
 
 @pytest.mark.parametrize("event", [(7,), (1, 3, 2), (3, 2, 2)])
@@ -76,11 +77,6 @@ def test_any_event_shape_will_do(word, event):
     distribution = likelihood(torch.randn(5, likelihood.num_features))
     assert tuple(distribution.event_shape) == event
     assert distribution.log_prob(distribution.sample()).isfinite().all()
-
-
-def test_the_mean_is_an_image(case, likelihood):
-    distribution = likelihood(torch.randn(3, 4, likelihood.num_features))
-    assert tuple(distribution.mean.shape) == (3, 4, *case.event)
 
 
 def test_samples_are_on_the_support(likelihood):

@@ -31,11 +31,6 @@ SLOPE_AT_ZERO = {"bounded": 1.0, "exp": 1.0, "softplus": 1 - math.exp(-1)}
 
 
 @pytest.mark.parametrize("name", SCALE_MAPS)
-def test_a_feature_of_zero_is_the_scale_of_the_prior(name):
-    assert float(SCALE_MAPS[name].load()(torch.zeros(())).exp()) == pytest.approx(1.0, abs=1e-6)
-
-
-@pytest.mark.parametrize("name", SCALE_MAPS)
 def test_a_log_scale_in_single_precision_is_that_of_double_precision(name):
     features = [h for h in FEATURES if name != "softplus" or h > -44]  # below which its scale is held
     found = SCALE_MAPS[name].load()(torch.tensor(features)).double().numpy()
@@ -172,16 +167,6 @@ def test_the_kl_of_a_full_normal_is_that_of_the_covariance_matrices(name):
     np.testing.assert_allclose(torch.distributions.kl_divergence(q, p).numpy(), expected, rtol=1e-12)
     over_particles = torch.distributions.kl_divergence(q.expand((2, 3)), p.expand((2, 3)))
     np.testing.assert_allclose(over_particles.numpy(), np.stack([expected, expected]), rtol=1e-12)
-
-
-@pytest.mark.parametrize("name", NORMAL_PRIORS)
-def test_the_kl_of_a_full_normal_is_the_mean_over_its_draws(name):
-    q, p, _ = _full_and_prior(name)
-    torch.manual_seed(0)
-    z = q.sample((100_000,))
-    log_ratio = q.log_prob(z) - p.log_prob(z)
-    stderr = log_ratio.std(0) / math.sqrt(len(z))
-    assert ((log_ratio.mean(0) - torch.distributions.kl_divergence(q, p)).abs() < 5 * stderr).all()
 
 
 def test_the_kl_of_a_full_normal_close_to_singular_holds_in_single_precision():

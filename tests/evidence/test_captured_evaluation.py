@@ -8,7 +8,6 @@ import pyro
 import pytest
 import torch
 from grids import LIKELIHOODS_AND_NETWORKS, by_default, images_for
-from oracles import LinearGaussian
 from torch.testing import assert_close
 
 from ppl_vae import VAE
@@ -221,15 +220,3 @@ def test_weights_that_are_not_finite_are_told_in_the_same_words(graphs, compile)
         vae.posterior.net.output.bias[0] = math.nan
     with pytest.raises(NotFinite, match="log-weights"):
         evaluate(vae, _images(), num_particles=4, seed=3, compile=compile)
-
-
-# --- Exact answers ---
-
-
-@pytest.mark.parametrize("num_particles", [1, 23])
-def test_with_the_exact_posterior_the_captured_estimate_is_log_evidence(graphs, small_passes, num_particles):
-    exact = LinearGaussian.random()
-    x = exact.draw(NUM_IMAGES)
-    found = evaluate(exact.vae(), x, num_particles=num_particles, seed=3, compile=True)
-    assert_close(found.log_evidence, exact.log_evidence(x), rtol=1e-10, atol=1e-10)
-    assert len(graphs) == 1

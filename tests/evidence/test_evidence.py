@@ -285,11 +285,3 @@ def test_evaluation_leaves_weights_buffers_mode_and_random_numbers_as_they_were(
     assert all(torch.equal(value, before[name]) for name, value in vae.state_dict().items())
     assert all(parameter.grad is None for parameter in vae.parameters())
     assert torch.equal(evaluate(vae, x, num_particles=10, seed=3).log_evidence, first.log_evidence)
-
-
-def test_a_result_is_shown_by_its_numbers_in_two_lines(oracle):
-    result = importance(oracle.vae().model, oracle.vae().guide, oracle.draw(7), num_particles=30)
-    shown = repr(result)
-    assert shown.count("\n") == 1
-    assert f"L_30 {float(result.log_evidence.mean()):.2f} ± " in shown
-    assert f"{float(result.ess.median()):.1f} of 30" in shown

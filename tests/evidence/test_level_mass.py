@@ -109,14 +109,6 @@ def test_masses_are_differences_of_the_distribution_function(name):
     assert seen.any()
 
 
-@pytest.mark.parametrize("name", PAIRS)
-def test_the_masses_of_all_levels_sum_to_that_of_the_unit_interval(name):
-    density, exact = PAIRS[name]
-    total = float(log_level_mass(density, LEVELS).logsumexp(0).exp())
-    inside = exact.cdf(1.0) - exact.cdf(0.0)
-    assert total == pytest.approx(float(inside), rel=1e-6)
-
-
 @pytest.mark.parametrize(
     ("mean", "concentration", "level"),
     [(0.005, 8100, 255), (0.005, 4000, 60), (0.5, 8100, 0), (0.3, 8100, 200), (0.999, 2000, 3), (5e-5, 100, 255)],

@@ -43,15 +43,6 @@ def full():
     return oracle, vae, x, refine_proposal(vae, x, steps=300, family=FullNormal(3).double(), learning_rate=0.1)
 
 
-@pytest.mark.thorough
-def test_a_full_normal_is_refined_to_the_exact_posterior(full):
-    oracle, _, x, q = full
-    A, C = oracle.posterior_map()
-    T = q.family(q.h).scale_tril
-    assert_close(q.family(q.h).loc, (x - oracle.b) @ A.T, rtol=0, atol=1e-3)
-    assert_close(T @ T.mT, C.expand(8, 3, 3), rtol=0, atol=1e-3)
-
-
 def test_a_full_normals_refined_elbo_is_log_evidence(full):
     oracle, vae, x, q = full
     torch.manual_seed(1)
@@ -201,17 +192,6 @@ FAMILIES = {
     "diagonal": lambda: DiagonalNormal(1, log_scale=exponential_log_scale),
     "full": lambda: FullNormal(1, log_scale=exponential_log_scale),
 }
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_a_defended_density_integrates_to_one(name):
-    torch.manual_seed(0)
-    family = DefensiveFamily(FAMILIES[name](), share=0.3, widen=3.0).double()
-    q = family(0.5 * torch.randn(3, family.num_features, dtype=torch.double))
-    z = torch.linspace(-50, 50, 100_001, dtype=torch.double)
-    with torch.no_grad():
-        total = q.log_prob(z[:, None, None].expand(-1, 3, 1)).exp().sum(0) * (z[1] - z[0])
-    assert_close(total, torch.ones(3, dtype=torch.double), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -176,8 +176,6 @@ def test_a_shape_with_one_reading_needs_no_line(tmp_path: Path, shape: tuple[int
     assert load(tmp_path, RNG.integers(0, 256, shape, np.uint8)).notes == ()
 
 
-# --- Descriptions ---
-
 GRAY = RNG.integers(0, 256, (20, 4, 5)).astype(np.uint8)
 BITS = RNG.integers(0, 2, (20, 4, 5)).astype(np.uint8)
 FLOATS = RNG.random((20, 4, 5))

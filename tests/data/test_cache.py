@@ -163,19 +163,6 @@ def test_a_flipped_bit_is_seen_wherever_it_is(
     assert capsys.readouterr().err == ""
 
 
-REPLACED = {f"cut off at {length}": (lambda content, n=length: content[:n]) for length in (0, 10, 500, -1)}
-REPLACED |= {"zeros": lambda _: b"\0" * 5000, "noise": lambda _: os.urandom(300)}
-
-
-@pytest.mark.parametrize("name", ["images.npy", "splits.json"])
-@pytest.mark.parametrize("what", REPLACED)
-def test_a_file_that_is_cut_off_or_something_else_is_read_again(own: Path, kept: Path, what: str, name: str) -> None:
-    data.load(str(own))
-    file = entries(kept)[0] / name
-    file.write_bytes(REPLACED[what](file.read_bytes()))
-    assert_right(data.load(str(own)), own)
-
-
 # --- Where nothing can be kept ---
 
 

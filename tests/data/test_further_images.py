@@ -161,11 +161,6 @@ def test_a_missing_pixel_stays_missing_and_no_other_is(tmp_path: Path, kind: str
     np.testing.assert_array_equal(x[:, 0].isnan().numpy(), HOLES)
 
 
-def test_a_missing_pixel_in_training_data_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="expected finite values, got NaN or infinity"):
-        data.load(saved(tmp_path, np.where(HOLES, np.nan, FRACTIONS)))
-
-
 # --- Image files ---
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -139,35 +136,3 @@ def test_results_of_threads_come_in_order_and_few_are_held(monkeypatch: pytest.M
     assert [next(results) for _ in range(20)] == list(range(20))
     assert len(started) <= 20 + 2 * 4 * 4
     assert list(results) == list(range(20, 200))
-
-
-# --- Under a limit ---
-
-LIMITED = """
-import resource, sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from ppl_vae import data, likelihoods
-from ppl_vae.data import sources, storage, transforms
-path, pixels, family, large = sys.argv[1], sys.argv[2], getattr(likelihoods, sys.argv[3]), int(sys.argv[4])
-torch.ones(64, 64) @ torch.ones(64, 64)
-storage.LARGE = large
-used = next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if "VmData" in line)
-resource.setrlimit(resource.RLIMIT_DATA, (1024 * used + 64 * 2**20,) * 2)
-splits = data.load(path)
-splits.describe(), splits.spread
-x = data.expected_images(splits, pixels)
-h = family(splits.event_shape).fit_marginals(x)
-for split in ("validation", "test"):
-    x = data.evaluation_images(splits, split, pixels)
-    data.binarization_entropy(splits, split, pixels)
-stored, transform = data.training_images(splits, "fixed" if pixels == "dynamic" else pixels)
-print(len(h), data.is_mapped(stored), len(x))
-"""
-
-
-def limited(path: Path, kept: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PPL_VAE_CACHE_DIR": str(kept), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", LIMITED, str(path), *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

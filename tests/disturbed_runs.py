@@ -132,6 +132,15 @@ class Running:
         return Done(code, _words(self._out), _words(self._err))
 
 
+def wait_for(path: Path, running: Running) -> None:
+    """Until a script has written that file."""
+    patience = time.monotonic() + 120
+    while not path.exists():
+        assert not running.has_ended()
+        assert time.monotonic() < patience
+        time.sleep(0.002)
+
+
 def _words(path: Path) -> str:
     """Nothing of a process that was killed before it could say anything."""
     return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""

@@ -119,18 +119,6 @@ def test_compiled_images_may_lie_in_memory_in_any_order(real_compiler, small_pas
     _assert_same(captured, plain, relative=1e-10)
 
 
-@pytest.mark.thorough
-@pytest.mark.parametrize(("dtype", "relative"), [(torch.double, 1e-10), (torch.float, 1e-6)], ids=["double", "single"])
-@pytest.mark.parametrize("logit", [0.0, 1e-4, 1.0, 18.0, 40.0, 89.0, 300.0])
-def test_pixels_of_any_certainty_cost_what_they_cost_without_a_graph(graphs, logit, dtype, relative):
-    """Half of them right and half wrong; 64 pixels, whose factors 1 + e^-|h| a graph may multiply."""
-    vae, x = _vae(dtype), _images(dtype)
-    with torch.no_grad():
-        vae.likelihood.net.output.weight.zero_()
-        vae.likelihood.net.output.bias.copy_(logit * torch.tensor([1.0, -1]).repeat(32))
-    _assert_same(*_both(vae, x, num_particles=4), relative=relative)
-
-
 @pytest.mark.parametrize("num_images", [1, 2])
 @pytest.mark.parametrize("num_particles", [1, PAIRS, PAIRS + 1])
 def test_so_it_is_at_the_edges_of_a_pass(graphs, small_passes, num_particles, num_images):

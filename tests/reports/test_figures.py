@@ -163,8 +163,6 @@ def test_the_histograms_mean_is_the_stored_evaluation(draw, folder):
     stored = json.loads((folder / "evaluation.json").read_text())["test"]["log_likelihood"]
     axes = draw("log_likelihoods.png").axes[0]
     assert axes.lines[0].get_xdata()[0] == pytest.approx(stored["mean"])
-    assert axes.get_legend().get_texts()[0].get_text() == f"mean {stored['mean']:.2f} ± {stored['stderr']:.2f}"
-    assert axes.get_xlabel().startswith("log p(x), the bound L_10")
     assert sum(bar.get_height() for bar in axes.patches) == 25
 
 

@@ -69,27 +69,11 @@ def normal(num_latents):
 POINTS = torch.tensor([[0.0, 1.0], [2.0, -1.0], [0.5, 0.5], [-4.0, 0.0]])
 
 
-def test_every_class_has_its_points_and_its_name():
-    codes, classes = PosteriorMoments(POINTS, torch.ones(4, 2)), torch.tensor([1, 0, 1, 0])
-    figure = charts.latents_figure(codes, normal(2), kind="x", classes=classes, class_names=("cat", "dog"))
-    shown = {part.get_label(): np.asarray(part.get_offsets()) for part in figure.axes[0].collections}
-    assert shown.keys() == {"prior: 2,000 draws", "cat", "dog"}
-    np.testing.assert_array_equal(shown["cat"], POINTS[[1, 3]])
-    np.testing.assert_array_equal(shown["dog"], POINTS[[0, 2]])
-
-
 def test_one_latent_has_a_histogram_that_counts_every_image():
     codes = PosteriorMoments(torch.linspace(-5, 2, 50)[:, None], torch.ones(50, 1))
     figure = charts.latents_figure(codes, normal(1), kind="x", classes=torch.arange(50) % 2)
     bars = [patch for patch in figure.axes[0].patches if isinstance(patch, Rectangle)]
     assert sum(bar.get_height() for bar in bars) == 50
-
-
-def test_a_figure_of_latents_says_where_none_is_active():
-    for scale, says in ((1.0, False), (1e-3, True)):
-        codes = PosteriorMoments(scale * POINTS, torch.ones(4, 2))
-        title = charts.latents_figure(codes, normal(2), kind="x").get_suptitle()
-        assert ("No latent is active" in title) == says
 
 
 # --- Likelihoods ---

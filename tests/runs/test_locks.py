@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from disturbed_runs import KILL, SMALL, STATE, Running, Server, end, held_elsewhere, small_data
+from disturbed_runs import KILL, SMALL, STATE, Running, Server, end, held_elsewhere, small_data, wait_for
 
 from ppl_vae import runs
 
@@ -31,11 +31,7 @@ def endless(server: Server, dataset: Path, tmp_path: Path) -> Iterator[tuple[Pat
     """A run that is training."""
     folder = tmp_path / "run"
     running = server.start(TRAIN, "--dataset", dataset, "--run-dir", folder, *SMALL, "--epochs", "1000000")
-    patience = time.monotonic() + 120
-    while not (folder / STATE).exists():
-        assert not running.has_ended()
-        assert time.monotonic() < patience
-        time.sleep(0.01)
+    wait_for(folder / STATE, running)
     yield folder, running
     running.signal(KILL)
     running.wait()

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_run import SMALL, silent, train_small
+from small_run import SMALL, killed_at_save, silent, train_small
 from torch.testing import assert_close
 
-from ppl_vae import data, runs, training
+from ppl_vae import data, runs
 from ppl_vae.commands.evaluate import evaluate_run
 from ppl_vae.commands.options import Evaluate
 from ppl_vae.commands.train import resume_run
@@ -178,27 +178,12 @@ def test_an_optimal_scale_is_fitted_while_it_trains_and_left_alone_by_an_evaluat
 
 
 def test_a_scale_in_closed_form_resumes_bit_for_bit(tmp_path):
-    """Extended by one epoch in between, as by an interruption: weights, scale and random numbers go on from there."""
     path, _ = read(tmp_path, data.REAL)
     options = replace(SMALL, dataset=path, likelihood="normal-optimal", batch_size=4, checkpoint_seconds=0.0)
     whole = train_small(tmp_path / "whole", options)
-    step, stops = training.EagerSteps.epoch, []
-
-    class Interrupted(Exception):
-        pass
-
-    def interrupted(self, *arguments, **options):
-        for index in step(self, *arguments, **options):
-            yield index
-            stops.append(1)
-            if len(stops) == 15:
-                raise Interrupted
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training.EagerSteps, "epoch", interrupted)
-        with pytest.raises(Interrupted):
-            train_small(tmp_path / "parts", options)
-    resume_run(str(tmp_path / "parts"), epochs=None, say=lambda line: None)
+    with killed_at_save(15):
+        train_small(tmp_path / "parts", options)
+    resume_run(str(tmp_path / "parts"), epochs=None, say=silent)
     one, other = (runs.load_tensors(folder / runs.TRAINING_STATE)[0] for folder in (whole, tmp_path / "parts"))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import runpy
 import sys
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 import torch._inductor.compile_fx as compiler
 import torch._inductor.decomposition as decomposition
-from small_run import SMALL, save_bars, train_small
+from small_run import SMALL, killed_at_save, save_bars, train_small
 
 from ppl_vae import runs
 from ppl_vae.commands import evaluate as evaluation
@@ -121,29 +120,12 @@ def test_where_the_capture_fails_auto_says_why_and_trains_as_off_does(
 # --- Resuming ---
 
 
-@contextmanager
-def _interrupted_after(monkeypatch, checkpoints):
-    """As by Ctrl-C, just after that many checkpoints are written."""
-    left, save = checkpoints, runs.save_tensors
-
-    def save_and_count(path, *content):
-        nonlocal left
-        save(path, *content)
-        left -= path.name == runs.TRAINING_STATE
-        if left == 0:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(runs, "save_tensors", save_and_count)
-        yield
-
-
-def _assert_resumes_bit_for_bit(options, tmp_path, monkeypatch):
+def _assert_resumes_bit_for_bit(options, tmp_path):
     options = replace(options, checkpoint_seconds=0.0)
     _train(options, tmp_path / "undisturbed")
     for checkpoints in (2, 5, 8):  # within an epoch, between two, within the last
         folder = tmp_path / f"after-{checkpoints}"
-        with _interrupted_after(monkeypatch, checkpoints), pytest.raises(KeyboardInterrupt):
+        with killed_at_save(checkpoints):
             _train(options, folder)
         assert runs.load_step(folder / runs.TRAINING_STATE) == checkpoints
         torch.manual_seed(12345)
@@ -157,18 +139,18 @@ def _assert_resumes_bit_for_bit(options, tmp_path, monkeypatch):
 @pytest.mark.parametrize("average_decay", [0.0, 0.99])
 @pytest.mark.parametrize("compile", ["on", "off"])
 def test_an_interrupted_run_ends_bit_for_bit_where_the_undisturbed_one_does(
-    graphs, no_figures, small, tmp_path, monkeypatch, compile, average_decay
+    graphs, no_figures, small, tmp_path, compile, average_decay
 ):
     options = replace(small, compile=compile, average_decay=average_decay)
-    _assert_resumes_bit_for_bit(options, tmp_path, monkeypatch)
+    _assert_resumes_bit_for_bit(options, tmp_path)
     assert bool(graphs) == (compile == "on")
 
 
 @pytest.mark.thorough
-def test_a_run_through_the_real_compiler_resumes_bit_for_bit(no_figures, small, tmp_path, monkeypatch):
+def test_a_run_through_the_real_compiler_resumes_bit_for_bit(no_figures, small, tmp_path):
     if (reason := capture.capture_obstacle(torch.device("cpu"))) is not None:
         pytest.skip(reason)
-    _assert_resumes_bit_for_bit(replace(small, compile="on"), tmp_path, monkeypatch)
+    _assert_resumes_bit_for_bit(replace(small, compile="on"), tmp_path)
 
 
 @pytest.mark.thorough
@@ -184,9 +166,9 @@ def test_resuming_with_the_other_word_changes_the_config_and_says_so(
     assert len(graphs) == (after == "on")
 
 
-def _interrupt_compiled(small, folder, monkeypatch):
+def _interrupt_compiled(small, folder):
     options = replace(small, compile="on", checkpoint_seconds=0.0)
-    with _interrupted_after(monkeypatch, 3), pytest.raises(KeyboardInterrupt):
+    with killed_at_save(3):
         _train(options, folder)
 
 
@@ -196,7 +178,7 @@ def test_where_compiling_fails_on_resuming_a_compiled_run_goes_on_eagerly(
 ):
     """From the same state as a run that is asked to go on eagerly."""
     for name in ("fails", "off"):
-        _interrupt_compiled(small, tmp_path / name, monkeypatch)
+        _interrupt_compiled(small, tmp_path / name)
     _resume(tmp_path / "off", compile="off")
 
     def fail(*_, **__):

@@ -122,26 +122,6 @@ def test_after_steps_that_are_left_out_the_weights_are_those_of_adam_with_a_coun
     torch.testing.assert_close(w.detach(), weights, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.thorough
-@pytest.mark.parametrize("factor", [1e6, torch.inf, torch.nan], ids=str)
-@pytest.mark.parametrize("where", [0, 3])
-def test_captured_training_is_eager_training_where_steps_are_left_out(
-    graphs: Any, monkeypatch: pytest.MonkeyPatch, where: int, factor: float
-) -> None:
-    """In the first epoch the step ``where``, and another one in each of two more."""
-    monkeypatch.setitem(globals(), "FACTOR", factor)
-    x = images()
-    x[epoch_batches(60, 10, seed=0, epoch=0, device=torch.device("cpu"))[where][2]] = 1
-    (eager, state), (captured, other) = (
-        trained(x, skip_norm=1e3, objective=steep, epochs=3, compile=compile) for compile in (False, True)
-    )
-    assert state.skipped == other.skipped == 3
-    for name, w in state.program.state_dict().items():
-        torch.testing.assert_close(other.program.state_dict()[name], w, rtol=1e-4, atol=1e-6)
-    for ours, theirs in zip(eager, captured, strict=True):
-        assert ours["train_loss_nats_per_image"] == pytest.approx(theirs["train_loss_nats_per_image"], rel=1e-5)
-
-
 class Fragile(torch.nn.Module):
     """A guide's parameters, NaN for a batch with an image of ones: what Pyro's validation raises on."""
 

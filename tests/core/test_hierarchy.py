@@ -16,7 +16,6 @@ from fitting import fit
 from oracles import NormalFixed
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
-from safetensors.torch import load_file, save_file
 from scipy import integrate, stats
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
@@ -485,17 +484,9 @@ def _gap(vae, x, oracle):
 
 
 @pytest.mark.parametrize("guide", GUIDES)
-def test_weights_are_stored_once_and_come_back(guide, tmp_path):
-    vae, x = _vae(guide), _images()
-    places = [w.data_ptr() for w in vae.state_dict().values()]
+def test_weights_are_stored_once(guide):
+    places = [w.data_ptr() for w in _vae(guide).state_dict().values()]
     assert len(set(places)) == len(places)
-    save_file(vae.state_dict(), tmp_path / "weights.safetensors")
-    other = _vae(guide, seed=1)
-    z = vae.posterior(x).sample()
-    assert not torch.equal(other.posterior(x).log_prob(z), vae.posterior(x).log_prob(z))
-    other.load_state_dict(load_file(tmp_path / "weights.safetensors"))
-    for ours, theirs in ((vae.posterior(x), other.posterior(x)), (vae.prior(), other.prior())):
-        assert torch.equal(ours.log_prob(z), theirs.log_prob(z))
 
 
 def test_parameters_put_in_the_place_of_the_priors_reach_the_ladder():

@@ -10,10 +10,9 @@ import pytest
 import torch
 from grids import LIKELIHOODS_AND_NETWORKS, images_for
 from pyro import poutine
-from torch import nn
 from torch.testing import assert_close
 
-from ppl_vae import VAE, Conditional, log_evidence, log_weights
+from ppl_vae import VAE, Conditional, log_weights
 from ppl_vae.objectives import Temper
 from ppl_vae.parts.networks import MLP
 from ppl_vae.parts.posteriors import DiagonalNormal
@@ -164,23 +163,6 @@ def test_a_deterministic_site_has_no_density(oracle):
     assert_close(log_weights(model, vae.guide, x, 3), oracle.log_evidence(x).expand(3, 4), rtol=1e-9, atol=0)
 
 
-def test_pixels_that_are_not_in_the_event_are_refused(oracle):
-    x = oracle.draw(4)
-
-    def model(x):
-        with pyro.plate("images", len(x), dim=-1):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            with pyro.plate("pixels", 6, dim=-3):
-                pyro.sample("x", dist.Normal(z, 1.0), obs=x.T[:, None])
-
-    def guide(x):
-        with pyro.plate("images", len(x), dim=-1):
-            pyro.sample("z", dist.Normal(0.0, 1.0))
-
-    with pytest.raises(ValueError, match=r"site 'x': expected the images' plate alone, got the plate 'pixels' too"):
-        log_weights(model, guide, x, 3)
-
-
 @pytest.mark.parametrize("extra_in", ["model", "guide"])
 def test_a_latent_of_only_one_program_is_refused(oracle, extra_in):
     vae, x = oracle.vae(), oracle.draw(4)
@@ -197,24 +179,6 @@ def test_a_latent_of_only_one_program_is_refused(oracle, extra_in):
     programs[extra_in] = with_extra(programs[extra_in])
     with pytest.raises(ValueError, match=r"guide: expected the model's latent sites .*extra"):
         log_weights(programs["model"], programs["guide"], x, 3)
-
-
-def test_several_latent_sites_are_summed(oracle):
-    x = oracle.draw(4)[:, :1]
-
-    def model(x):
-        with pyro.plate("images", len(x), dim=-1):
-            z1 = pyro.sample("z1", dist.Normal(0.0, 1.0))
-            z2 = pyro.sample("z2", dist.Normal(z1, 2.0))
-            pyro.sample("x", dist.Normal(z2[..., None], 1.0).to_event(1), obs=x)
-
-    def guide(x):  # the exact posterior, factorized from the top down
-        with pyro.plate("images", len(x), dim=-1):
-            z1 = pyro.sample("z1", dist.Normal(x[:, 0] / 6, (5 / 6) ** 0.5))
-            pyro.sample("z2", dist.Normal((z1 / 4 + x[:, 0]) / (1 / 4 + 1), (1 / (1 / 4 + 1)) ** 0.5))
-
-    exact = torch.distributions.Normal(0.0, 6**0.5).log_prob(x[:, 0])
-    assert_close(log_weights(model, guide, x, 5), exact.expand(5, 4), rtol=1e-6, atol=1e-6, check_dtype=False)
 
 
 @pytest.mark.parametrize(("likelihood", "network"), LIKELIHOODS_AND_NETWORKS)
@@ -275,20 +239,6 @@ def test_a_parameter_that_all_pixels_share_counts_every_pixel_once():
     expected = torch.distributions.Normal(z[..., None], 2.0).log_prob(x).sum(-1)
     torch.manual_seed(1)
     assert_close(log_weights(model, guide, x, 2), expected)
-
-
-def test_a_program_without_a_plate_is_refused_in_its_own_words():
-    class Bare(nn.Module):
-        def model(self, x):
-            pyro.sample("z", dist.Normal(torch.zeros(len(x), 3), 1.0).to_event(2))
-            pyro.sample("x", dist.Normal(torch.zeros(len(x), 6), 1.0).to_event(2), obs=x)
-
-        def guide(self, x):
-            pyro.sample("z", dist.Normal(torch.zeros(len(x), 3), 1.0).to_event(2))
-
-    program = Bare()
-    with pytest.raises(ValueError, match="expected it in the images' plate"):
-        log_evidence(program.model, program.guide, torch.zeros(10, 6), num_particles=3)
 
 
 def test_latents_that_do_not_fit_the_prior_are_refused_in_one_line():

@@ -88,7 +88,8 @@ def trained(tmp_path_factory):
 def test_a_log_has_a_line_for_each_epoch_and_no_bar_whatever_the_backend_of_a_notebook(trained):
     folder, done = trained
     assert done.returncode == 0
-    assert list((folder / runs.FIGURES).iterdir())
+    with Image.open(folder / runs.FIGURES / "reconstructions.png") as picture:
+        picture.load()
     assert b"%|" not in done.stdout + done.stderr
     assert b"\r" not in done.stdout + done.stderr
     records = runs.read_metrics(folder)
@@ -98,15 +99,6 @@ def test_a_log_has_a_line_for_each_epoch_and_no_bar_whatever_the_backend_of_a_no
         assert line.startswith(f"Epoch {epoch} of {SMALL.epochs}: ")
         assert f"{record['validation_elbo_nats_per_image']:.2f}" in line
         assert f"{record['train_loss_nats_per_image']:.2f}" in line
-
-
-@pytest.mark.thorough
-def test_a_training_draws_its_figures_whatever_the_backend_of_a_notebook(trained):
-    folder, done = trained
-    assert done.returncode == 0, done.stderr
-    with Image.open(folder / "figures" / "reconstructions.png") as picture:
-        assert picture.format == "PNG"
-        picture.load()
 
 
 def test_a_training_ends_with_an_ascii_log(trained):

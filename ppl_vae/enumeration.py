@@ -19,7 +19,7 @@ from ppl_vae.protocols import StochasticFunction
 
 Dims = Mapping[int, int]  # the dimension of each enumerated site, counted from the right, and its number of values
 
-_FIRST_DIM = -3  # left of particles and images
+FIRST_DIM = -3  # left of particles and images
 
 
 def enumerate_sites(program: StochasticFunction, *, after: bool = False) -> StochasticFunction:
@@ -27,7 +27,7 @@ def enumerate_sites(program: StochasticFunction, *, after: bool = False) -> Stoc
 
     A guide runs first. The model runs ``after`` it, and its sites get dimensions to the left of the guide's.
     """
-    return EnumMessenger(None if after else _FIRST_DIM)(program)
+    return EnumMessenger(None if after else FIRST_DIM)(program)
 
 
 def is_enumerated(site: dict[str, Any]) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
 
 import pyro
 import pyro.distributions as dist
@@ -11,13 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from ppl_vae.protocols import Program, StochasticFunction, register_programs
 from ppl_vae.runtime.records import UNKNOWN
-from ppl_vae.vae import VAE, check_batch_shape, check_event_shape
+from ppl_vae.vae import VAE, check_event_shape
 
 
-class ConditionalVAE(nn.Module):
-    """p(x, z | y) = p(z | y) p(x | z, y), with the guide q(z | x, y).
+class ConditionalVAE(VAE):
+    """p(x, z | y) = p(z | y) p(x | z, y), with the guide q(z | x, y): a ``VAE`` whose parts take the label.
 
     The programs take ``Records(x, y)``: x (B, *E) and the labels y (B,), int64, from 0 to K - 1. Bounds of
     ``log_evidence`` are on log p(x | y).
@@ -44,31 +42,13 @@ class ConditionalVAE(nn.Module):
         posterior: Callable[[Tensor, Tensor], Distribution],
         class_probs: Tensor,
     ) -> None:
-        super().__init__()
-        self.prior = prior
-        self.likelihood = likelihood
-        self.posterior = posterior
+        super().__init__(prior, likelihood, posterior)
         self.register_buffer("class_probs", class_probs)
 
     @property
     def num_classes(self) -> int:
         """K."""
         return len(self.class_probs)
-
-    def model(self, x: Tensor, y: Tensor) -> None:
-        """z ~ p(z | y), x ~ p(x | z, y). x: (B, *E), observed; y: (B,)."""
-        with pyro.plate("images", len(x), dim=-1):
-            z = pyro.sample("z", self.prior(y))
-            pyro.sample("x", check_event_shape(self.likelihood(z, y), x, z), obs=x)
-
-    def guide(self, x: Tensor, y: Tensor) -> None:
-        """z ~ q(z | x, y). x: (B, *E); y: (B,)."""
-        with pyro.plate("images", len(x), dim=-1):
-            pyro.sample("z", check_batch_shape(self.posterior(x, y), x))
-
-    def programs(self) -> tuple[StochasticFunction, StochasticFunction]:
-        """Return model and guide with their parameters registered, for plain ``pyro.infer.SVI``, as ``VAE`` does."""
-        return register_programs(cast(Program, self))
 
     def fix_label(self, label: int) -> VAE:
         """The VAE p(z | y) p(x | z, y) of one label y, with the same weights.
@@ -108,7 +88,7 @@ class SemiSupervisedVAE(ConditionalVAE):
         super().__init__(prior, likelihood, posterior, class_probs)
         self.classifier = classifier
 
-    def model(self, x: Tensor, y: Tensor, *labelled: Tensor) -> None:
+    def model(self, x: Tensor, y: Tensor, *labelled: Tensor) -> None:  # type: ignore[override]
         """y ~ p(y), z ~ p(z | y), x ~ p(x | z, y). x: (B, *E); y: (B,), which the guide uses.
 
         ``labelled`` is ignored: the objective uses it.
@@ -118,7 +98,7 @@ class SemiSupervisedVAE(ConditionalVAE):
             z = pyro.sample("z", self.prior(label))
             pyro.sample("x", check_event_shape(self.likelihood(z, label), x, z), obs=x)
 
-    def guide(self, x: Tensor, y: Tensor, *labelled: Tensor) -> None:
+    def guide(self, x: Tensor, y: Tensor, *labelled: Tensor) -> None:  # type: ignore[override]
         """y ~ q(y | x), or the known label, and z ~ q(z | x, y). x: (B, *E); y: (B,), -1 where it is not known."""
         with pyro.plate("images", len(x), dim=-1):
             label = pyro.sample("y", self._label_posterior(x, y), infer={"enumerate": "parallel"})

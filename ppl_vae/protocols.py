@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 from weakref import WeakKeyDictionary
 
 import pyro
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
 from ppl_vae.runtime.global_state import Module
-from ppl_vae.runtime.records import Records
 
 # A model or a guide: what Pyro calls a stochastic function, here of images x (B, *E), and of the further tensors of
 # ``Records`` where there are any, with one data plate at dim=-1.
@@ -53,28 +52,44 @@ class Program(_Module, Protocol):
 
 @runtime_checkable
 class LatentModel(Program, Protocol):
-    """A program with one vector of latents, z ~ p(z), x ~ p(x | z), whose parts can be called on their own."""
+    """A program with one vector of latents, z ~ p(z), x ~ p(x | z), whose parts can be called on their own.
 
-    prior: Callable[[], Distribution]  # () -> p(z), event (L,)
-    likelihood: Callable[[Tensor], Distribution]  # z (..., L) -> p(x | z), batch (...), event E
-    posterior: Callable[[Tensor], Distribution]  # x (..., *E) -> q(z | x), batch (...), event (L,)
+    Each part takes the further tensors of ``Records`` last, such as labels, if the program does.
+    """
+
+    prior: Callable[..., Distribution]  # () -> p(z), event (L,), batch (); with further tensors () or (B,)
+    likelihood: Callable[..., Distribution]  # z (..., L) -> p(x | z), batch (...), event E
+    posterior: Callable[..., Distribution]  # x (..., *E) -> q(z | x), batch (...), event (L,)
 
 
-def check_latent_model(vae: object, x: object = None) -> None:
-    """Refuse, with a ValueError, a program without the parts of a ``LatentModel``, and images with further tensors."""
-    if not isinstance(vae, LatentModel):
+def is_latent_model(vae: object) -> TypeGuard[LatentModel]:
+    """Whether a program has the parts of a ``LatentModel``, and no latents but the vector z."""
+    return isinstance(vae, LatentModel) and not hasattr(vae, "given_labels")  # which has its label as a latent
+
+
+def check_latent_model(vae: object, *, further: Sequence[Tensor] = (), images_alone: bool = False) -> None:
+    """Refuse, with a ValueError, a program that is no ``LatentModel``.
+
+    Args:
+        vae: The program.
+        further: The further tensors of the images, where the result needs one p(z) for all images: the prior may then
+            not depend on them.
+        images_alone: Whether the result takes no further tensors.
+    """
+    if not is_latent_model(vae):
         raise ValueError(
             f"vae: expected a VAE, or a module with prior(), likelihood(z) and posterior(x), got {type(vae).__name__}; "
-            "importance, log_evidence and evaluate take a program with a model and a guide alone"
+            "as_latent_model(vae, x) of ppl_vae.latent_model makes one of a program with a model and a guide"
         )
-    if hasattr(vae, "fix_label"):
+    if images_alone and hasattr(vae, "fix_label"):
         raise ValueError(
             f"vae: expected a model of images alone, got {type(vae).__name__}, which takes labels; vae.fix_label(y) is "
             "the model of one label"
         )
-    if isinstance(x, Records):
+    if further and len(vae.prior(*further).batch_shape):
         raise ValueError(
-            "x: expected a tensor of images, got Records; importance, log_evidence and evaluate take further tensors"
+            "vae: expected one p(z) for all images, got a prior that depends on a further tensor; fix its value and "
+            "take the images that have it, as vae.fix_label(y) does for a ConditionalVAE"
         )
 
 

@@ -112,7 +112,7 @@ def check_support(model: StochasticFunction, data: Data) -> None:
         raise ValueError("x: expected at least one image, got none")
     parts = x.split(CHECKED_AT_ONCE)
     # Only an image with a NaN shows whether the program replaces it.
-    sites = _sites_of(model, data, torch.full((2,), find_missing(x) or 0, device=x.device))
+    sites = locate_image_sites(model, data, torch.full((2,), find_missing(x) or 0, device=x.device))
     for site in sites:
         for part in parts:
             check_site(site, part)
@@ -174,8 +174,12 @@ def describe_type(x: object) -> str:
     return name if dtype is None else f"{name} of dtype {dtype} and shape {tuple(getattr(x, 'shape', ()))}"
 
 
-def _sites_of(model: StochasticFunction, x: Data, places: Tensor) -> list[ImageSite]:
-    """Find ``find_image_sites`` in a run of the model on the images at these places."""
+def locate_image_sites(model: StochasticFunction, x: Data, places: Tensor) -> list[ImageSite]:
+    """``find_image_sites`` in a run of the model on the images of x (N, *E) at these places, at least two.
+
+    Raises:
+        ValueError: The model refuses the images.
+    """
     probe = x[places]
     with trial_run(x.device, model), poutine.block(), explain_program():
         try:

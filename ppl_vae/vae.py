@@ -78,7 +78,8 @@ class VAE(nn.Module):
     """p(x, z) = p(z) p(x | z), with the guide q(z | x).
 
     Objectives put effect handlers around ``model`` and ``guide`` to scale or anneal terms; every reported number comes
-    from these two bare programs. x is (B, *E), and images are the plate at dim -1.
+    from these two bare programs. x is (B, *E), and images are the plate at dim -1. Where the programs are given further
+    tensors c of B rows, such as labels, all three parts take them last: p(z | c), p(x | z, c) and q(z | x, c).
 
     Args:
         prior: () -> p(z), event (L,).
@@ -94,9 +95,9 @@ class VAE(nn.Module):
 
     def __init__(
         self,
-        prior: Callable[[], Distribution],
-        likelihood: Callable[[Tensor], Distribution],
-        posterior: Callable[[Tensor], Distribution],
+        prior: Callable[..., Distribution],
+        likelihood: Callable[..., Distribution],
+        posterior: Callable[..., Distribution],
     ) -> None:
         super().__init__()
         if isinstance(posterior, AutoGuide):
@@ -110,16 +111,16 @@ class VAE(nn.Module):
         self.likelihood = likelihood
         self.posterior = posterior
 
-    def model(self, x: Tensor) -> None:
+    def model(self, x: Tensor, *c: Tensor) -> None:
         """z ~ p(z), x ~ p(x | z). x: (B, *E), observed."""
         with pyro.plate("images", len(x), dim=-1):
-            z = pyro.sample("z", self.prior())
-            pyro.sample("x", check_event_shape(self.likelihood(z), x, z), obs=x)
+            z = pyro.sample("z", self.prior(*c))
+            pyro.sample("x", check_event_shape(self.likelihood(z, *c), x, z), obs=x)
 
-    def guide(self, x: Tensor) -> None:
+    def guide(self, x: Tensor, *c: Tensor) -> None:
         """z ~ q(z | x). x: (B, *E)."""
         with pyro.plate("images", len(x), dim=-1):
-            pyro.sample("z", check_batch_shape(self.posterior(x), x))
+            pyro.sample("z", check_batch_shape(self.posterior(x, *c), x))
 
     def programs(self) -> tuple[StochasticFunction, StochasticFunction]:
         """Return model and guide with their parameters registered, for plain ``pyro.infer.SVI``.

@@ -197,7 +197,7 @@ def trace_programs(
         ValueError: As ``check_sites``.
     """
     q = trace_guide(guide, x, num_particles)
-    enumerated = enumerate_sites(_particles(num_particles)(model), after=True)
+    enumerated = enumerate_sites(particle_plate(num_particles)(model), after=True)
     p = _get_trace(poutine.replay(enumerated, trace=q), x)
     check_sites(p, q)
     return p, q
@@ -205,10 +205,10 @@ def trace_programs(
 
 def trace_guide(guide: StochasticFunction, x: Data, num_particles: int) -> poutine.Trace:
     """Run the guide alone with S particles of every image x, (B, *E); its sites have the batch shape (S, B)."""
-    return _get_trace(enumerate_sites(_particles(check_count("num_particles", num_particles))(guide)), x)
+    return _get_trace(enumerate_sites(particle_plate(check_count("num_particles", num_particles))(guide)), x)
 
 
-def _particles(num_particles: int) -> pyro.plate:
+def particle_plate(num_particles: int) -> pyro.plate:
     """The plate of particles, to the left of the images' plate."""
     return pyro.plate(_PARTICLES, num_particles, dim=-2)
 

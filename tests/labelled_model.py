@@ -21,10 +21,11 @@ class OfClass(nn.Module):
     def __init__(self, part: str) -> None:
         super().__init__()
         self.part = part
+        self.vaes = [one.vae() for one in CLASSES]
 
     def forward(self, c: Tensor, y: Tensor) -> dist.Independent:
         """c: (..., C), y: of a shape that broadcasts with (...), also further to the left."""
-        normals = [getattr(one.vae(), self.part)(c).base_dist for one in CLASSES]
+        normals = [getattr(one, self.part)(c).base_dist for one in self.vaes]
         loc = torch.stack([n.loc for n in normals], dim=-2)
         scale = torch.stack([n.scale.expand(n.loc.shape) for n in normals], dim=-2)
         batch = torch.broadcast_shapes(y.shape, loc.shape[:-2])

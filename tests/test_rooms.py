@@ -18,7 +18,10 @@ ROOMS = (
     *("runtime", "core", "data", "parts", "objectives", "evidence", "training"),
     *("diagnostics", "runs", "reports", "commands", "estimator", "study", "__main__"),
 )
-CORE = {"conditional", "enumeration", "hierarchy", "labels", "protocols", "pyro_program", "support", "vae", "weights"}
+CORE = {
+    *("conditional", "enumeration", "hierarchy", "labels", "latent_model", "protocols", "pyro_program", "support"),
+    *("vae", "weights"),
+}
 
 SOURCES = {str(path.relative_to(ROOT)): path for path in sorted(PACKAGE.rglob("*.py"))}
 SCRIPTS = {

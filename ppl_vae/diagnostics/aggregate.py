@@ -22,6 +22,7 @@ from ppl_vae.evidence.moments import (
 )
 from ppl_vae.protocols import LatentModel
 from ppl_vae.runtime.global_state import seeded, serialize_threads
+from ppl_vae.runtime.records import Data, further_of
 
 # A prior draw is in a hole if its score is below this quantile of the scores of held-out images' draws. Source: ours.
 HOLE_QUANTILE = 0.01
@@ -203,7 +204,7 @@ class Holes:
 
 
 @serialize_threads(gradients=False)
-def holes(vae: LatentModel, x: Tensor, z_held_out: Tensor, z_prior: Tensor) -> Holes:
+def holes(vae: LatentModel, x: Data, z_held_out: Tensor, z_prior: Tensor) -> Holes:
     """P_{z ~ p}(r(z) < t), r(z) = log q(z) - log p(z), with the 1% quantile t of r at held-out images' posterior draws.
 
     q(z) = (1/N) sum_n q_h(z | x_n) over the N reference images. No absolute threshold would do: in many dimensions
@@ -225,7 +226,7 @@ def holes(vae: LatentModel, x: Tensor, z_held_out: Tensor, z_prior: Tensor) -> H
     """
     _check_draws("z_held_out", z_held_out)
     _check_draws("z_prior", z_prior)
-    prior = vae.prior()
+    prior = vae.prior(*further_of(x[:1]))
     bandwidth, q = _choose_bandwidth(AggregatePosterior.encode(vae, x), z_held_out[::2])
     held_out, at_prior = ((q.log_prob(z) - compute_log_prob(prior, z)).cpu() for z in (z_held_out[1::2], z_prior))
     reach = math.sqrt(HOLE_QUANTILE * (1 - HOLE_QUANTILE) / len(held_out))  # the quantile's error as a share

@@ -23,6 +23,7 @@ from ppl_vae.parts.priors import VampMixture
 from ppl_vae.protocols import LatentModel
 from ppl_vae.runtime.batching import images_per_pass, pairs_per_pass
 from ppl_vae.runtime.global_state import serialize_threads
+from ppl_vae.runtime.records import Data, arguments_of, further_of, images_of
 from ppl_vae.support import check_support
 
 ACTIVE_VARIANCE = 0.01  # of the posterior mean over images, in variances of the prior (Burda et al. 2016, section 5)
@@ -76,13 +77,13 @@ def _closed_kl(q: Distribution | None, p: Distribution) -> Tensor | None:
 
 
 @serialize_threads(gradients=False)
-def latent_kl(vae: LatentModel, x: Tensor) -> PerLatent | None:
+def latent_kl(vae: LatentModel, x: Data) -> PerLatent | None:
     """(1/N) sum_n KL(q(z_l | x_n) || p(z_l)) for each latent, (L,) nats: closed if torch has it, or by 100 draws each.
 
     None unless guide and prior are products over latents by construction. x: (N, *E), as the model sees images; none
     raise ValueError.
     """
-    p, found = factors(vae.prior()), []
+    p, found = factors(vae.prior(*further_of(x[:1]))), []
     for group in AggregatePosterior.encode(vae, x).groups:
         q = factors(group)
         if p is None or q is None:
@@ -147,7 +148,7 @@ class ElboSplit:
 
 
 @serialize_threads(gradients=False)
-def elbo_split(vae: LatentModel, x: Tensor) -> ElboSplit:
+def elbo_split(vae: LatentModel, x: Data) -> ElboSplit:
     """E KL(q(z | x) || p(z)) = I(z; n) + KL(q(z) || p(z)), and KL(q(z) || p(z)) = TC + sum_l KL(q(z_l) || p(z_l)).
 
     q(z) = (1/N) sum_n q(z | x_n) over exactly these images x (N, *E), and I is the mutual information between z and the
@@ -165,14 +166,14 @@ def elbo_split(vae: LatentModel, x: Tensor) -> ElboSplit:
     correlation; there by minibatches). The closed-form KL with sampled information is ours.
     """
     check_support(vae.model, x)
-    q, prior = AggregatePosterior.encode(vae, x), vae.prior()
+    q, prior = AggregatePosterior.encode(vae, x), vae.prior(*further_of(x[:1]))
     latents = factors(prior) if q.is_factorized else None
     z = q.sample()
     log_q = q.log_prob_per_image(z)
     information = log_q - q.log_prob(z)
     size = images_per_pass(x, vae.likelihood)
     passes = zip(x.split(size), z.split(size), strict=True)
-    reconstruction = torch.cat([vae.likelihood(part).log_prob(images).double() for images, part in passes])
+    reconstruction = torch.cat([_log_likelihood(vae, images, part).double() for images, part in passes])
     total_correlation = dimension_kl = sum_of_dimension_kl = None
     if latents is None:
         kl = log_q - compute_log_prob(prior, z)
@@ -201,7 +202,7 @@ def elbo_split(vae: LatentModel, x: Tensor) -> ElboSplit:
 
 
 @serialize_threads()
-def implied_beta(vae: LatentModel, x: Tensor) -> Estimate | None:
+def implied_beta(vae: LatentModel, x: Data) -> Estimate | None:
     """beta = (d/dlog c E_q[log p(x | z)]) / (d/dlog c KL(q || p)) at c = 1, for a factor c on all scales of the guide.
 
     Training with weight beta ends where no change of the guide improves reconstruction - beta KL. One such change is to
@@ -227,7 +228,7 @@ def implied_beta(vae: LatentModel, x: Tensor) -> Estimate | None:
     Source: ours.
     """
     check_support(vae.model, x)
-    prior = vae.prior()
+    prior = vae.prior(*further_of(x[:1]))
     if isinstance(prior, LayeredDistribution | VampMixture):
         return None
     passes = x.split(max(1, pairs_per_pass(vae, x) // (2 * _BETA_DRAWS)))
@@ -236,10 +237,15 @@ def implied_beta(vae: LatentModel, x: Tensor) -> Estimate | None:
     slope = Estimate.mean_of(rate)
     is_flat = not abs(slope.mean) > max(_LEAST_SLOPE, _STDERRS * slope.stderr)
     says_nothing = not float(kl.mean()) > _LEAST_KL
-    if is_flat or says_nothing or not (width > 0).any() or (x == x[:1]).all():
+    if is_flat or says_nothing or not (width > 0).any() or (images_of(x) == images_of(x[:1])).all():
         return None
     beta = ratio_of_means(gain, rate)
     return None if beta.mean < -_STDERRS * beta.stderr else beta  # no training has a negative weight
+
+
+def _log_likelihood(vae: LatentModel, x: Data, z: Tensor) -> Tensor:
+    """(..., B) log p(x | z), nats. x: (B, *E), z: (..., B, L)."""
+    return vae.likelihood(z, *further_of(x)).log_prob(images_of(x))
 
 
 def _derivative(total: Tensor, log_c: Tensor) -> Tensor:
@@ -250,10 +256,10 @@ def _derivative(total: Tensor, log_c: Tensor) -> Tensor:
     return torch.zeros_like(log_c) if found is None else found
 
 
-def _slopes(vae: LatentModel, x: Tensor, prior: Distribution, draws: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _slopes(vae: LatentModel, x: Data, prior: Distribution, draws: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(B,) each: d/dlog c of the reconstruction and of the KL, the draws' mean distance from m, and the KL."""
     with torch.no_grad():
-        q = vae.posterior(x)
+        q = vae.posterior(*arguments_of(x))
         normals, p = normal_factors(q), normal_factors(prior)
         mean = compute_moments(q).mean
         away = q.sample((draws if normals is not None else 2 * draws,)) - mean
@@ -262,7 +268,7 @@ def _slopes(vae: LatentModel, x: Tensor, prior: Distribution, draws: int) -> tup
     with torch.enable_grad():
         log_c = torch.zeros(len(x), dtype=mean.dtype, device=mean.device, requires_grad=True)
         z = mean + log_c.exp()[:, None] * away
-        gain = _derivative(vae.likelihood(z).log_prob(x).sum(), log_c) / len(z)
+        gain = _derivative(_log_likelihood(vae, x, z).sum(), log_c) / len(z)
         if normals is None or p is None:
             log_p = prior.log_prob(z)
             rate = -z.shape[-1] - _derivative(log_p.sum(), log_c) / len(z)

@@ -17,6 +17,7 @@ from ppl_vae.protocols import LatentModel, Likelihood, check_latent_model
 from ppl_vae.runtime.batching import images_per_pass
 from ppl_vae.runtime.errors import check_count
 from ppl_vae.runtime.global_state import seeded, serialize_threads
+from ppl_vae.runtime.records import Data, arguments_of, further_of, images_of
 from ppl_vae.support import check_support
 
 # The edge of a single permutation can come from two rare pixels that meet in one image: for 20,000 binarized MNIST
@@ -215,7 +216,7 @@ class PixelCalibration:
 @serialize_threads(gradients=False)
 def calibrate_pixels(
     vae: LatentModel,
-    x: Tensor,
+    x: Data,
     *,
     num_draws: int = 99,
     transform: Callable[[Tensor], Tensor] | None = None,
@@ -230,7 +231,7 @@ def calibrate_pixels(
     each other. The bins' edges are quantiles of J draws, which blurs deviations by at most 1 / (2 sqrt(J)).
 
     Args:
-        x: images (N, *E) as the VAE sees them.
+        x: images (N, *E) as the VAE sees them, or ``Records``.
         num_draws: J.
         transform: turns draws of p(x | z) into pixels as in x, such as ``dequantization.levels_of`` for a density of
             dequantized levels; x is then not checked against the support of p(x | z). By default draws are not changed.
@@ -243,7 +244,7 @@ def calibrate_pixels(
     assessment for count data (ties); Talts et al. 2018, arXiv 1804.06788, theorem 1 (ranks). Pixels given a draw of the
     posterior: ours.
     """
-    check_latent_model(vae, x)
+    check_latent_model(vae)
     num_draws = check_count("num_draws", num_draws)
     if len(x) == 0:
         raise ValueError("x: expected at least one image, got none")
@@ -265,10 +266,11 @@ def calibrate_pixels(
 
 
 def _compute_pit(
-    vae: LatentModel, x: Tensor, num_draws: int, transform: Callable[[Tensor], Tensor] | None, *, chunk: int
+    vae: LatentModel, data: Data, num_draws: int, transform: Callable[[Tensor], Tensor] | None, *, chunk: int
 ) -> Tensor:
-    """(B, D) the PIT of each pixel, float64, in [0, 1). x: (B, *E)."""
-    p = vae.likelihood(vae.posterior(x).sample())
+    """(B, D) the PIT of each pixel, float64, in [0, 1). data: images (B, *E), or ``Records``."""
+    x = images_of(data)
+    p = vae.likelihood(vae.posterior(*arguments_of(data)).sample(), *further_of(data))
     below, equal = torch.zeros_like(x, dtype=torch.double), torch.zeros_like(x, dtype=torch.double)
     for start in range(0, num_draws, chunk):
         drawn = p.sample((min(chunk, num_draws - start),))

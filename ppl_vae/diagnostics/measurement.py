@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TypeVar, cast
 
 import pyro
 import torch
@@ -36,7 +37,10 @@ from ppl_vae.evidence.importance import Importance
 from ppl_vae.evidence.moments import compute_moments, decode_mean, encode, sample_latents, sample_posterior
 from ppl_vae.protocols import LatentModel, check_latent_model
 from ppl_vae.runtime.global_state import seeded
+from ppl_vae.runtime.records import Data, arguments_of, further_of, images_of
 from ppl_vae.weights import is_deterministic
+
+AnyData = TypeVar("AnyData", bound=Data)
 
 FEWEST_IMAGES = 4  # of a diagnosis
 
@@ -134,7 +138,7 @@ class Measurements:
 
 def measure(
     vae: LatentModel,
-    x: Tensor,
+    data: Data,
     *,
     gray: Tensor | None = None,
     noise: NoiseSpectrum | None = None,
@@ -146,7 +150,8 @@ def measure(
     """Every diagnostic of a VAE, each a mean with its standard error over images; the global generators do not change.
 
     Args:
-        x: images (N, *E) as the VAE sees them; fewer than 4 raise ValueError.
+        data: images (N, *E) as the VAE sees them, or ``Records`` under a prior that is the same for all of them; fewer
+            than 4 raise ValueError.
         gray: (N, *E) images that reconstructions are compared with, in the unit of the likelihood's mean: the gray
             images of binarized x. By default x.
         noise: ``likelihood.measure_noise`` of the likelihood and the training images; it depends on no weight.
@@ -155,30 +160,31 @@ def measure(
         num_particles: S of that estimate.
         seed: of every draw.
     """
-    check_latent_model(vae, x)
+    x, further = images_of(data), further_of(data)
+    check_latent_model(vae, further=further)
     if len(x) < FEWEST_IMAGES:
         raise ValueError(f"x: expected at least {FEWEST_IMAGES} images, got {len(x)}")
     kl = by_latent = implied = split = calibration = None
     with torch.no_grad(), pyro.validation_enabled(False):
         with seeded(seed, x.device):  # the order of the measures decides their draws
-            autoencoder = is_deterministic(vae.posterior(x[:1]))
-            codes = encode(vae, x)
-            active = active_units(codes, compute_moments(vae.prior()).scale)
+            autoencoder = is_deterministic(vae.posterior(*arguments_of(data[:1])))
+            codes = encode(vae, data)
+            active = active_units(codes, compute_moments(vae.prior(*further)).scale)
             most_paired = _MOST_PAIRED if codes.num_draws is None else _MOST_PAIRED_BY_A_FLOW
             if autoencoder:
-                log_p_x_given_z = Estimate.mean_of(reconstruction(vae, x, seed=0))  # z is a function of x
+                log_p_x_given_z = Estimate.mean_of(reconstruction(vae, data, seed=0))  # z is a function of x
             else:
-                split = elbo_split(vae, _take_evenly(x, most_paired))
-                by_latent, implied = latent_kl(vae, x), implied_beta(vae, x)
+                split = elbo_split(vae, _take_evenly(data, most_paired))
+                by_latent, implied = latent_kl(vae, data), implied_beta(vae, data)
                 log_p_x_given_z, kl = split.reconstruction, split.kl
-            aggregate = _measure_aggregate(vae, x, most_paired, autoencoder=autoencoder, seed=seed)
-            gray, means = x if gray is None else gray, decode_mean(vae, codes.mean)
+            aggregate = _measure_aggregate(vae, data, most_paired, autoencoder=autoencoder, seed=seed)
+            gray, means = x if gray is None else gray, decode_mean(vae, codes.mean, *further)
             variation = reconstruction_variation(means, gray)
-            sharp = blur(vae, x, gray=gray) if x.dim() == 4 else None
+            sharp = blur(vae, data, gray=gray) if x.dim() == 4 else None
             if not autoencoder:
-                calibration = calibrate_pixels(vae, _take_evenly(x, _MOST_CALIBRATED))
+                calibration = calibrate_pixels(vae, _take_evenly(data, _MOST_CALIBRATED))
         if not autoencoder and importance is None:
-            some = _take_evenly(x, _MOST_WEIGHED)
+            some = _take_evenly(data, _MOST_WEIGHED)
             result = evaluate(vae, some, num_particles=num_particles, seed=seed)
             importance = summarize_estimate(result, num_particles)
     return Measurements(
@@ -201,16 +207,16 @@ def measure(
     )
 
 
-def _take_evenly(x: Tensor, most: int) -> Tensor:
+def _take_evenly(x: AnyData, most: int) -> AnyData:
     """At most that many of the images, at equal steps."""
-    return x[:: math.ceil(len(x) / most)]
+    return cast(AnyData, x[:: math.ceil(len(x) / most)])
 
 
 def _measure_aggregate(
-    vae: LatentModel, x: Tensor, most_paired: int, *, autoencoder: bool, seed: int
+    vae: LatentModel, x: Data, most_paired: int, *, autoencoder: bool, seed: int
 ) -> AggregateNumbers:
     """The aggregate posterior; for holes every other image is a reference image, and the rest are held out."""
-    prior = vae.prior()
+    prior = vae.prior(*further_of(x[:1]))
     z, z_prior = sample_posterior(vae, x), sample_latents(prior, len(x))
     reference = _take_evenly(x, 2 * most_paired)[::2]
     held_out = _take_evenly(z, 2 * most_paired)[1::2]

@@ -22,6 +22,7 @@ from ppl_vae.protocols import LatentModel
 from ppl_vae.runtime.batching import images_per_pass
 from ppl_vae.runtime.errors import check_count
 from ppl_vae.runtime.global_state import serialize_threads
+from ppl_vae.runtime.records import Data, arguments_of, further_of, images_of
 
 # Cycles a pixel: half of the Nyquist frequency of 1/2. Source: ours.
 HIGH_FREQUENCY = 0.25
@@ -112,7 +113,7 @@ def sharpness(images: Tensor, reference: Tensor) -> Estimate:
 
 
 @serialize_threads(gradients=False)
-def blur(vae: LatentModel, x: Tensor, *, gray: Tensor | None = None, draws: int = 8) -> Blur:
+def blur(vae: LatentModel, data: Data, *, gray: Tensor | None = None, draws: int = 8) -> Blur:
     """E_q |x - y(z)|^2 = |x - E_q y|^2 + Var_q y (bias and posterior noise), y(z) = E[x | z], and y's sharpness.
 
     y at the mean of q lacks the detail that the decoder and the latents do not carry. With J draws y_j of mean Y, per
@@ -121,7 +122,7 @@ def blur(vae: LatentModel, x: Tensor, *, gray: Tensor | None = None, draws: int 
 
     Args:
         vae: the VAE, or a plain autoencoder.
-        x: images (N, C, H, W), as the VAE sees them.
+        data: images x (N, C, H, W), as the VAE sees them, or ``Records``.
         gray: (N, C, H, W) images to compare with, in the unit of the likelihood's mean, such as the gray probabilities
             of binary pixels; by default x.
         draws: J, draws of q(z | x) per image, at least 2.
@@ -129,11 +130,12 @@ def blur(vae: LatentModel, x: Tensor, *, gray: Tensor | None = None, draws: int 
     Source: the law of total variance; its use on pictures is ours.
     """
     draws = check_count("draws", draws, least=2)
+    x = images_of(data)
     truth = x if gray is None else gray
     _check_shapes(truth, x, "gray, x")
     reference = high_frequency_power(truth)
     size = images_per_pass(x, vae.likelihood)
-    passes = zip(x.split(size), truth.split(size), strict=True)
+    passes = zip(data.split(size), truth.split(size), strict=True)
     parts = zip(*(_measure_pass(vae, images, target, draws) for images, target in passes), strict=True)
     at_mean, error, noise = (torch.cat(part) for part in parts)
     return Blur(
@@ -144,13 +146,13 @@ def blur(vae: LatentModel, x: Tensor, *, gray: Tensor | None = None, draws: int 
     )
 
 
-def _measure_pass(vae: LatentModel, x: Tensor, truth: Tensor, draws: int) -> tuple[Tensor, ...]:
+def _measure_pass(vae: LatentModel, x: Data, truth: Tensor, draws: int) -> tuple[Tensor, ...]:
     """(B,) each: the power at the mean; error and noise per pixel."""
-    q, truth = vae.posterior(x), truth.double()
-    at_mean = high_frequency_power(vae.likelihood(mean_or_draw(q)).mean)
+    q, further, truth = vae.posterior(*arguments_of(x)), further_of(x), truth.double()
+    at_mean = high_frequency_power(vae.likelihood(mean_or_draw(q), *further).mean)
     total, squares = torch.zeros_like(truth), torch.zeros_like(truth)
     for _ in range(draws):
-        residual = vae.likelihood(q.sample()).mean.double() - truth
+        residual = vae.likelihood(q.sample(), *further).mean.double() - truth
         total += residual
         squares += residual.square()
     error = squares.flatten(1).mean(1) / draws

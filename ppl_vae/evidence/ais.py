@@ -27,12 +27,13 @@ from torch import Tensor
 from torch.nn.functional import avg_pool1d, interpolate
 
 from ppl_vae.evidence.chains import Chains, Start, evaluating
-from ppl_vae.evidence.moments import sample_latents
+from ppl_vae.evidence.moments import sample_prior
 from ppl_vae.protocols import LatentModel
 from ppl_vae.runtime.batching import pairs_per_pass
 from ppl_vae.runtime.errors import NotFinite, check_count
 from ppl_vae.runtime.global_state import serialize_threads
 from ppl_vae.runtime.numerics import log_mean_exp
+from ppl_vae.runtime.records import Data, Records, arguments_of
 
 # The rule of the pilot. Source: ours.
 _ACCEPTANCE = 0.7
@@ -103,26 +104,29 @@ def upper_bound(log_w: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def images_per_block(vae: LatentModel, x: Tensor, num_chains: int) -> int:
+def images_per_block(vae: LatentModel, x: Data, num_chains: int) -> int:
     """The number of images of x (N, *E) per call with C chains, which decode C times as many z at once."""
     return max(1, pairs_per_pass(vae, x) // num_chains)
 
 
 @serialize_threads(gradients=False)
-def simulate(vae: LatentModel, num_images: int) -> tuple[Tensor, Tensor]:
-    """z ~ p(z), x ~ p(x | z): images with an exact draw of their posterior. -> x (N, *E) and z (N, L)."""
+def simulate(vae: LatentModel, num_images: int, *further: Tensor) -> tuple[Tensor, Tensor]:
+    """z ~ p(z), x ~ p(x | z): images with an exact draw of their posterior. -> x (N, *E) and z (N, L).
+
+    ``further`` are N rows each of what the model takes beside the images, such as labels.
+    """
     num_images = check_count("num_images", num_images)
     with evaluating(vae):
-        z = sample_latents(vae.prior(), num_images)
-        first = vae.likelihood(z[:1]).sample()
-        x = [vae.likelihood(part).sample() for part in z.split(pairs_per_pass(vae, first))]
-    return torch.cat(x), z
+        rows = Records(sample_prior(vae, num_images, *further), *further)
+        first = Records(vae.likelihood(*arguments_of(rows[:1])).sample(), *rows[:1].further)
+        x = [vae.likelihood(*arguments_of(part)).sample() for part in rows.split(pairs_per_pass(vae, first))]
+    return torch.cat(x), rows.x
 
 
 @serialize_threads(gradients=False)
 def pilot(
     vae: LatentModel,
-    x: Tensor,
+    x: Data,
     *,
     betas: Tensor,
     num_leapfrogs: int,
@@ -137,7 +141,7 @@ def pilot(
 
     Args:
         vae: A VAE of one layer or several.
-        x: Images (B, *E).
+        x: Images (B, *E), or ``Records``.
         betas: (T + 1,) from 0 to 1; see ``temperatures``.
         num_leapfrogs: The leapfrog steps per transition.
         num_chains: The chains per image. With ``compile``, use the number of the chains to come: they share one graph.
@@ -171,9 +175,7 @@ def pilot(
     return Annealing(betas, log_steps.exp(), num_leapfrogs, chains.start)
 
 
-def lower(
-    vae: LatentModel, x: Tensor, annealing: Annealing, *, num_chains: int, compile: bool = False
-) -> AnnealedChains:
+def lower(vae: LatentModel, x: Data, annealing: Annealing, *, num_chains: int, compile: bool = False) -> AnnealedChains:
     """log w of C chains from q_0(z | x) to p(z | x): E[w] = p(x). See ``lower_bound``.
 
     ``annealing`` is from ``pilot`` with the same images x (B, *E). Other arguments and errors as there.
@@ -184,7 +186,7 @@ def lower(
 
 
 def upper(
-    vae: LatentModel, x: Tensor, z: Tensor, annealing: Annealing, *, num_chains: int, compile: bool = False
+    vae: LatentModel, x: Data, z: Tensor, annealing: Annealing, *, num_chains: int, compile: bool = False
 ) -> AnnealedChains:
     """log w of chains from p(z | x) to q_0(z | x), with the sign of the forward ones: E[1/w] = 1 / p(x).
 
@@ -198,7 +200,7 @@ def upper(
 
 @serialize_threads(gradients=False)
 def _anneal(
-    vae: LatentModel, x: Tensor, exact: Tensor | None, annealing: Annealing, *, num_chains: int, compile: bool
+    vae: LatentModel, x: Data, exact: Tensor | None, annealing: Annealing, *, num_chains: int, compile: bool
 ) -> AnnealedChains:
     """Forward chains where ``exact`` is None, else backward chains from it."""
     _check_betas(annealing.betas)

@@ -24,6 +24,7 @@ from ppl_vae.protocols import LatentModel, check_latent_model
 from ppl_vae.runtime.capture import compile_function, detach_tensors, replace_tensors
 from ppl_vae.runtime.errors import check_count
 from ppl_vae.runtime.global_state import evaluation_mode, seeded
+from ppl_vae.runtime.records import Data, arguments_of, further_of, images_of, join_arguments
 from ppl_vae.support import check_support
 from ppl_vae.vae import check_batch_shape, check_event_shape
 from ppl_vae.weights import DeterministicGuide, is_deterministic
@@ -156,15 +157,15 @@ class Chains:
     """C chains per image (B, *E), with transitions at any temperature. Arguments and errors as ``ais.pilot``."""
 
     def __init__(
-        self, vae: LatentModel, x: Tensor, *, start: Start, num_chains: int, num_leapfrogs: int, compile: bool
+        self, vae: LatentModel, x: Data, *, start: Start, num_chains: int, num_leapfrogs: int, compile: bool
     ) -> None:
         if start not in STARTS:
             raise ValueError(f"start: expected one of {', '.join(STARTS)}, got {start!r}")
-        check_latent_model(vae, x)
+        check_latent_model(vae)
         check_count("num_chains", num_chains)
         check_count("num_leapfrogs", num_leapfrogs)
         check_support(vae.model, x)
-        if is_deterministic(vae.posterior(x[:1])):
+        if is_deterministic(vae.posterior(*arguments_of(x[:1]))):
             raise DeterministicGuide(
                 "guide: expected a density q(z | x), got a deterministic one (Delta): an autoencoder has no "
                 "log-likelihood"
@@ -210,7 +211,7 @@ class Chains:
     def _leap(self, coefficients: Tensor, point: Point, momentum: Tensor, step: Tensor) -> tuple[Point, Tensor]:
         if not self._compile:
             return leapfrog(self._terms, coefficients, point, momentum, step)
-        inputs = [*self._weights.values(), self._x, self._features, coefficients, momentum, step, *point]
+        inputs = [*self._weights.values(), *arguments_of(self._x), self._features, coefficients, momentum, step, *point]
         if self._run is None:
             self._run = self._compile_leap(inputs)
         *moved, momentum = self._run(inputs)
@@ -218,13 +219,14 @@ class Chains:
 
     def _compile_leap(self, inputs: list[Tensor]) -> _Graph:
         """A leapfrog step as one graph, reused for the same VAE and shapes."""
-        names = list(self._weights)
+        names, num_arguments = list(self._weights), len(arguments_of(self._x))
         shapes = tuple((tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device) for tensor in inputs)
         known, key = _graphs.setdefault(self._vae, {}), (self.start, tuple(names), shapes)
 
         def function(*inputs: Tensor) -> tuple[Tensor, ...]:
-            n = len(names)
-            x, features, coefficients, momentum, step, *point = inputs[n:]
+            n, m = len(names), len(names) + num_arguments
+            x = join_arguments(inputs[n:m])
+            features, coefficients, momentum, step, *point = inputs[m:]
             with replace_tensors(self._vae, dict(zip(names, inputs[:n], strict=True))):
                 _, terms = _densities(self._vae, self.start, x, features)
                 moved, momentum = leapfrog(terms, coefficients, Point(*point), momentum, step)
@@ -238,31 +240,32 @@ class Chains:
 _graphs: WeakKeyDictionary[LatentModel, dict[object, _Graph]] = WeakKeyDictionary()
 
 
-def _encode(vae: LatentModel, x: Tensor, start: Start) -> Tensor:
+def _encode(vae: LatentModel, x: Data, start: Start) -> Tensor:
     """(B, F) the features of q_0, so that an encoder runs once per image; (B, 0) where q_0 runs it itself."""
     if start == "guide" and isinstance(vae.posterior, Conditional):
-        return vae.posterior.net(x)
+        return vae.posterior.net(*arguments_of(x))
     if start == "normal":
         with seeded(_MOMENTS_SEED, x.device):
-            found = compute_moments(check_batch_shape(vae.posterior(x), x))
+            found = compute_moments(check_batch_shape(vae.posterior(*arguments_of(x)), images_of(x)))
         return torch.cat([found.mean, found.scale], dim=-1)
-    return x.new_zeros((len(x), 0))
+    return images_of(x).new_zeros((len(x), 0))
 
 
-def _densities(vae: LatentModel, start: Start, x: Tensor, features: Tensor) -> tuple[Distribution, Terms]:
+def _densities(vae: LatentModel, start: Start, data: Data, features: Tensor) -> tuple[Distribution, Terms]:
     """q_0(z | x), and log q_0(z | x) and log p(x, z) as functions of z."""
-    prior = vae.prior()
+    x, further = images_of(data), further_of(data)
+    prior = vae.prior(*further)
     if start == "prior":
         q_0 = prior
     elif start == "normal":
         q_0 = dist.Normal(*features.chunk(2, dim=-1)).to_event(1)
     else:
         posterior = vae.posterior
-        q = posterior.family(features) if isinstance(posterior, Conditional) else posterior(x)
+        q = posterior.family(features) if isinstance(posterior, Conditional) else posterior(x, *further)
         q_0 = check_batch_shape(q, x)
 
     def log_joint(z: Tensor) -> Tensor:
-        return prior.log_prob(z) + check_event_shape(vae.likelihood(z), x, z).log_prob(x)
+        return prior.log_prob(z) + check_event_shape(vae.likelihood(z, *further), x, z).log_prob(x)
 
     return q_0, (q_0.log_prob, log_joint)
 

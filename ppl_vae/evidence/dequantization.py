@@ -126,7 +126,7 @@ def dequantized(vae: LatentModel, *, num_draws: int = 16) -> VAE:
     Reference: Theis et al. 2016, arXiv 1511.01844, section 3.1 (the bound).
     """
     if not isinstance(vae, ConditionalVAE):
-        check_latent_model(vae)
+        check_latent_model(vae, images_alone=True)
     num_draws = check_count("num_draws", num_draws)
     family = getattr(vae.likelihood, "family", None)
     if getattr(family, "measure", "density") != "density":

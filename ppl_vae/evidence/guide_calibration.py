@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ppl_vae.evidence.estimate import Estimate
-from ppl_vae.evidence.moments import sample_latents
+from ppl_vae.evidence.moments import sample_latents, sample_prior
 from ppl_vae.protocols import LatentModel, check_latent_model
 from ppl_vae.runtime.batching import pairs_per_pass
 from ppl_vae.runtime.errors import NotFinite, check_count
 from ppl_vae.runtime.global_state import serialize_threads
+from ppl_vae.runtime.records import Records, arguments_of
 from ppl_vae.weights import DeterministicGuide, is_autoencoder
 
 SIGNIFICANT = 0.01  # the overall p-value below which a guide is not calibrated. Source: ours
@@ -43,7 +45,7 @@ class Ranks:
 
 
 @serialize_threads(gradients=False)
-def compute_ranks(vae: LatentModel, *, num_simulations: int, num_draws: int) -> Ranks:
+def compute_ranks(vae: LatentModel, *, num_simulations: int, num_draws: int, further: Sequence[Tensor] = ()) -> Ranks:
     """R_l = #{m: z_ml < z*_l} and R = #{m: log p(x, z_m) < log p(x, z*)}: z* ~ p(z), x ~ p(x | z*), z_m ~ q(z | x).
 
     If q(z | x) = p(z | x), then given x the z* and the z_m are M + 1 independent draws from one distribution, and every
@@ -55,36 +57,37 @@ def compute_ranks(vae: LatentModel, *, num_simulations: int, num_draws: int) -> 
     Args:
         vae: In evaluation mode, of one layer or several. A guide without a density raises DeterministicGuide.
         num_simulations, num_draws: N and M.
+        further: N rows each of what the model takes beside the images, such as labels.
 
     Reference: Talts et al. 2018, arXiv 1804.06788, theorem 1; Modrák et al. 2023, arXiv 2211.02383 (log p(x, z)).
     """
     check_latent_model(vae)
     num_simulations = check_count("num_simulations", num_simulations)
     num_draws = check_count("num_draws", num_draws)
-    z_true = sample_latents(vae.prior(), num_simulations)
-    x = _sample_images(vae, z_true[:1])
+    codes = Records(sample_prior(vae, num_simulations, *further), *further)
+    x = _sample_images(vae, codes[:1])
     if is_autoencoder(vae.guide, x):
         raise DeterministicGuide(
             "guide: expected a density to calibrate, got a deterministic one (Delta), whose draws are one point"
         )
     pairs = pairs_per_pass(vae, x)
-    found = torch.empty(num_simulations, z_true.shape[1] + 1, dtype=torch.long, device=z_true.device)
+    found = torch.empty(num_simulations, codes.shape[1] + 1, dtype=torch.long, device=codes.device)
     group = max(1, pairs // (num_draws + 1))
-    for z, place in zip(z_true.split(group), found.split(group), strict=True):
+    for z, place in zip(codes.split(group), found.split(group), strict=True):
         place.copy_(_rank_group(vae, z, num_draws, chunk=max(1, pairs // len(z) - 1)))
     return Ranks(found[:, :-1].cpu(), found[:, -1].cpu(), num_draws)
 
 
-def _rank_group(vae: LatentModel, z_true: Tensor, num_draws: int, *, chunk: int) -> Tensor:
-    """(B, L + 1). z_true: (B, L)."""
-    x = _sample_images(vae, z_true)
-    q = vae.posterior(x)
+def _rank_group(vae: LatentModel, codes: Records, num_draws: int, *, chunk: int) -> Tensor:
+    """(B, L + 1). codes: z* (B, L), with further tensors where the model takes them."""
+    data, z_true, further = _sample_images(vae, codes), codes.x, codes.further
+    q = vae.posterior(*arguments_of(data))
     below = torch.zeros(len(z_true), z_true.shape[1] + 1, dtype=torch.long, device=z_true.device)
     equal = torch.zeros_like(below)
     for start in range(0, num_draws, chunk):
         # z* goes through each pass together with the draws: otherwise rounding could decide a tie.
         z = torch.cat([z_true[None], sample_latents(q, min(chunk, num_draws - start))])
-        log_joint = vae.prior().log_prob(z) + vae.likelihood(z).log_prob(x)
+        log_joint = vae.prior(*further).log_prob(z) + vae.likelihood(z, *further).log_prob(data.x)
         values = torch.cat([z, log_joint[..., None].to(z.dtype)], dim=-1)
         if values.isnan().any():
             raise NotFinite("z, log p(x, z): expected numbers, got NaN")
@@ -93,9 +96,9 @@ def _rank_group(vae: LatentModel, z_true: Tensor, num_draws: int, *, chunk: int)
     return below + (torch.rand(equal.shape, dtype=torch.double, device=equal.device) * (equal + 1)).long()
 
 
-def _sample_images(vae: LatentModel, z: Tensor) -> Tensor:
-    """(B, *E) x ~ p(x | z). z: (B, L)."""
-    return vae.likelihood(z).sample().to(z.dtype)
+def _sample_images(vae: LatentModel, codes: Records) -> Records:
+    """x ~ p(x | z), (B, *E), with the further tensors of the codes z (B, L)."""
+    return Records(vae.likelihood(*arguments_of(codes)).sample().to(codes.dtype), *codes.further)
 
 
 # --- Uniformity ---

@@ -64,7 +64,7 @@ class Observed(nn.Module):
 
     def __init__(self, vae: LatentModel, *, rounds: int = 10, num_fillings: int = 30, prior_share: float = 0.2) -> None:
         super().__init__()
-        check_latent_model(vae)
+        check_latent_model(vae, images_alone=True)
         if not 0 < prior_share < 1:
             raise ValueError(f"prior_share: expected a number between 0 and 1, got {prior_share}")
         self.vae = vae

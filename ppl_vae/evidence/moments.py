@@ -17,6 +17,7 @@ from torch.distributions import Distribution, Independent, Normal
 from ppl_vae.protocols import LatentModel, check_latent_model
 from ppl_vae.runtime.batching import floats_per_latent, images_per_pass, items_per_pass, latents_per_pass
 from ppl_vae.runtime.global_state import serialize_threads
+from ppl_vae.runtime.records import Data, Records, arguments_of
 
 _DRAWS_PER_POSTERIOR = 200
 PRIOR_DRAWS = 20_000  # for a prior without moments, or without a distribution function, in closed form
@@ -52,6 +53,17 @@ def sample_latents(distribution: Distribution, count: int) -> Tensor:
 
 
 @serialize_threads(gradients=False)
+def sample_prior(vae: LatentModel, count: int, *further: Tensor) -> Tensor:
+    """(N, L) z ~ p(z), or one z ~ p(z | c) for each of N rows of further tensors; another number raises ValueError."""
+    p = vae.prior(*further)
+    if not len(p.batch_shape):
+        return sample_latents(p, count)
+    if tuple(p.batch_shape) != (count,):
+        raise ValueError(f"further: expected {count} rows, one for each draw, got {tuple(p.batch_shape)}")
+    return p.sample()
+
+
+@serialize_threads(gradients=False)
 def compute_log_prob(distribution: Distribution, z: Tensor) -> Tensor:
     """(M,) log p(z), nats, float64. z: (M, L)."""
     return torch.cat([distribution.log_prob(part).double() for part in z.split(latents_per_pass(distribution))])
@@ -72,25 +84,26 @@ def compute_moments(distribution: Distribution) -> PosteriorMoments:
 
 
 @serialize_threads(gradients=False)
-def encode(vae: LatentModel, x: Tensor) -> PosteriorMoments:
+def encode(vae: LatentModel, x: Data) -> PosteriorMoments:
     """Mean and scale of q(z | x). x: (N, *E), as the model sees images."""
-    check_latent_model(vae, x)
-    parts = [compute_moments(vae.posterior(group)) for group in x.split(images_per_pass(x))]
+    check_latent_model(vae)
+    parts = [compute_moments(vae.posterior(*arguments_of(group))) for group in x.split(images_per_pass(x))]
     mean, scale = torch.cat([part.mean for part in parts]), torch.cat([part.scale for part in parts])
     return PosteriorMoments(mean, scale, parts[0].num_draws)
 
 
 @serialize_threads(gradients=False)
-def sample_posterior(vae: LatentModel, x: Tensor) -> Tensor:
+def sample_posterior(vae: LatentModel, x: Data) -> Tensor:
     """(N, L) one z ~ q(z | x) per image. x: (N, *E)."""
-    return torch.cat([vae.posterior(group).sample() for group in x.split(images_per_pass(x))])
+    return torch.cat([vae.posterior(*arguments_of(group)).sample() for group in x.split(images_per_pass(x))])
 
 
 @serialize_threads(gradients=False)
-def decode_mean(vae: LatentModel, z: Tensor) -> Tensor:
-    """(N, *E) E[x | z]. z: (N, L)."""
-    chunk = images_per_pass(vae.likelihood(z[:1]).mean, vae.likelihood)
-    return torch.cat([vae.likelihood(part).mean for part in z.split(chunk)])
+def decode_mean(vae: LatentModel, z: Tensor, *further: Tensor) -> Tensor:
+    """(N, *E) E[x | z]. z: (N, L); further tensors of N rows where the model takes them."""
+    rows = Records(z, *further)
+    chunk = images_per_pass(vae.likelihood(*arguments_of(rows[:1])).mean, vae.likelihood)
+    return torch.cat([vae.likelihood(*arguments_of(part)).mean for part in rows.split(chunk)])
 
 
 # --- The aggregate posterior ---
@@ -128,9 +141,9 @@ class AggregatePosterior:
 
     @classmethod
     @serialize_threads(gradients=False)
-    def encode(cls, vae: LatentModel, x: Tensor) -> AggregatePosterior:
+    def encode(cls, vae: LatentModel, x: Data) -> AggregatePosterior:
         """The aggregate posterior of images (N, *E) under the VAE's guide, in passes that fit into memory."""
-        return cls([vae.posterior(group) for group in x.split(images_per_pass(x))] if len(x) else [])
+        return cls([vae.posterior(*arguments_of(group)) for group in x.split(images_per_pass(x))] if len(x) else [])
 
     @property
     def is_factorized(self) -> bool:

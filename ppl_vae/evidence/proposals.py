@@ -22,6 +22,7 @@ from ppl_vae.evidence.moments import normal_factors
 from ppl_vae.parts.posteriors import MAX_LOG_SCALE, DiagonalNormal, FullNormal, bounded_log_scale, exponential_log_scale
 from ppl_vae.protocols import Family, LatentModel, check_latent_model
 from ppl_vae.runtime.capture import is_capturing
+from ppl_vae.runtime.records import Data, arguments_of
 from ppl_vae.vae import VAE
 
 
@@ -32,19 +33,19 @@ class Proposal:
     Args:
         family: Features (..., F) -> a distribution with batch shape (...) and event shape (L,).
         h: Features (N, F).
-        x: The images (N, *E).
+        x: The images (N, *E), or ``Records``.
     """
 
     family: Family
     h: Tensor
-    x: Tensor
+    x: Data
 
 
 class PerImageGuide(nn.Module):
     """x (B, *E) -> q(z | x), for images among the N that a proposal was made for.
 
-    Images are found by their pixels, so they may come in any order and in any groups. An image that is not among the N
-    raises ValueError. A compiled graph cannot raise, and gives NaN instead.
+    Images are found by their pixels and their further tensors, so they may come in any order and in any groups. An
+    image that is not among the N raises ValueError. A compiled graph cannot raise, and gives NaN instead.
 
     Args:
         q: The proposal.
@@ -56,12 +57,12 @@ class PerImageGuide(nn.Module):
     keys: Tensor
     h: Tensor
 
-    def __init__(self, q: Proposal, guide: Callable[[Tensor], Distribution]) -> None:
+    def __init__(self, q: Proposal, guide: Callable[..., Distribution]) -> None:
         super().__init__()
         self.family = q.family
         self.guide = guide
         self.event_shape = tuple(q.family.event_shape)
-        pixels = q.x.detach().flatten(1)
+        pixels = _rows(arguments_of(q.x))
         # An image is found by its key, its projection on a random direction: comparing all pixels with those of all N
         # images would take N times the work.
         direction = torch.randn(pixels.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.double)
@@ -70,9 +71,9 @@ class PerImageGuide(nn.Module):
         self.register_buffer("keys", pixels.double() @ self.direction, persistent=False)
         self.register_buffer("h", q.h.detach(), persistent=False)
 
-    def forward(self, x: Tensor) -> Distribution:
-        """x: (B, *E) -> batch shape (B,), event shape (L,)."""
-        pixels = x.flatten(1)
+    def forward(self, *data: Tensor) -> Distribution:
+        """x: (B, *E), and its further tensors -> batch shape (B,), event shape (L,)."""
+        x, pixels = data[0], _rows(data)
         if pixels.shape[1] != self.pixels.shape[1]:
             raise ValueError(f"x: expected images of {self.pixels.shape[1]} pixels, got {pixels.shape[1]}")
         nearest = ((pixels.double() @ self.direction)[:, None] - self.keys).abs().argmin(1)
@@ -83,6 +84,11 @@ class PerImageGuide(nn.Module):
                 f"not among its {len(self.pixels)}"
             )
         return self.family(torch.where(known[:, None], self.h[nearest], math.nan))
+
+
+def _rows(data: Sequence[Tensor]) -> Tensor:
+    """(B, D) all numbers of an image and of its further tensors, in the images' type."""
+    return torch.cat([tensor.detach().reshape(len(tensor), -1).to(data[0]) for tensor in data], dim=1)
 
 
 def replace_guide(vae: LatentModel, q: Proposal) -> VAE:

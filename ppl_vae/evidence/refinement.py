@@ -20,6 +20,7 @@ from ppl_vae.runtime.batching import even_block_size, images_per_pass, pairs_per
 from ppl_vae.runtime.capture import compile_function, detach_tensors, replace_tensors
 from ppl_vae.runtime.errors import check_count
 from ppl_vae.runtime.global_state import evaluation_mode, serialize_threads
+from ppl_vae.runtime.records import Data, arguments_of
 from ppl_vae.support import check_support
 from ppl_vae.weights import is_deterministic
 
@@ -30,7 +31,7 @@ _COMPARISON_PARTICLES = 500  # per image, for each of the two q that are compare
 @serialize_threads()
 def refine_proposal(
     vae: LatentModel,
-    x: Tensor,
+    x: Data,
     *,
     steps: int = 300,
     num_particles: int = 8,
@@ -47,7 +48,7 @@ def refine_proposal(
 
     Args:
         vae: A VAE with a guide ``Conditional(net, family)``, or any VAE where ``family`` is given.
-        x: Images (N, *E).
+        x: Images (N, *E), or ``Records``.
         steps: The number of steps.
         num_particles: k, draws per image and step.
         family: A family of normals with L latents, which start at the guide's moments; by default the guide's family.
@@ -57,7 +58,7 @@ def refine_proposal(
     Reference: Cremer et al. 2018, arXiv 1801.03558, section 4; Kim et al. 2018, arXiv 1802.02550. The gradients: Roeder
     et al. 2017, arXiv 1703.09194.
     """
-    check_latent_model(vae, x)
+    check_latent_model(vae)
     steps, num_particles = check_count("steps", steps), check_count("num_particles", num_particles)
     check_support(vae.model, x)
     with evaluation_mode(vae), pyro.validation_enabled(False):
@@ -88,10 +89,10 @@ def refine_proposal(
 
 
 @torch.no_grad()
-def _start(vae: LatentModel, x: Tensor, family: DiagonalNormal | FullNormal | None) -> Proposal:
+def _start(vae: LatentModel, x: Data, family: DiagonalNormal | FullNormal | None) -> Proposal:
     """The guide's own features, or the features of ``family`` at the guide's moments."""
     posterior = vae.posterior
-    if is_deterministic(posterior(x[:1])):
+    if is_deterministic(posterior(*arguments_of(x[:1]))):
         raise ValueError("vae: expected a guide with a density, got a deterministic one (Delta)")
     if family is not None:
         found = encode(vae, x)
@@ -102,7 +103,7 @@ def _start(vae: LatentModel, x: Tensor, family: DiagonalNormal | FullNormal | No
             "vae: expected a guide Conditional(net, family) as its posterior, whose features are refined, got "
             f"{type(posterior).__name__}; refine_proposal with family=FullNormal(L) needs none"
         )
-    return Proposal(own, torch.cat([net(part) for part in x.split(images_per_pass(x))]), x)
+    return Proposal(own, torch.cat([net(*arguments_of(part)) for part in x.split(images_per_pass(x))]), x)
 
 
 class _Adam:
@@ -115,30 +116,32 @@ class _Adam:
         values = detach_tensors(self._parts)
         self._names, self._tensors = list(values), list(values.values())
 
-    def begin(self, x: Tensor, h: Tensor) -> list[Tensor]:
+    def begin(self, x: Data, h: Tensor) -> list[Tensor]:
         """The inputs of ``step``: weights and buffers, x, h, Adam's two moments, and the scalars of a step."""
-        return [*self._tensors, x.contiguous(), h.clone(), torch.zeros_like(h), torch.zeros_like(h), h.new_zeros(2)]
+        arguments = [tensor.contiguous() for tensor in arguments_of(x)]
+        return [*self._tensors, *arguments, h.clone(), torch.zeros_like(h), torch.zeros_like(h), h.new_zeros(2)]
 
     def step(self, state: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """One step, which changes h and its moments in place. Returns the loss, (), nats."""
-        *tensors, x, h, first, second, scalars = state
+        *tensors, h, first, second, scalars = state
+        tensors, x = tensors[: len(self._names)], tensors[len(self._names) :]
         rate, root_of_correction = scalars.unbind()
         with replace_tensors(self._parts, dict(zip(self._names, tensors, strict=True))):
-            slope, loss = torch.func.grad_and_value(self._loss)(h, x)
+            slope, loss = torch.func.grad_and_value(self._loss)(h, *x)
         first.copy_(first + (1 - _BETA_1) * (slope - first))
         second.copy_(second + (1 - _BETA_2) * (slope * slope - second))
         h.copy_(h - rate * first / (second.sqrt() / root_of_correction + _EPSILON))
         return (loss.detach(),)
 
-    def _loss(self, h: Tensor, x: Tensor) -> Tensor:
+    def _loss(self, h: Tensor, x: Tensor, *further: Tensor) -> Tensor:
         """-(1/k) sum_k log w_k, summed over images, without the score of q in its gradient."""
         z = self._family(h).rsample(torch.Size([self._num_particles]))
         log_q = self._family(h.detach()).log_prob(z)  # of a second object, whose log-density z has not been cached in
-        log_w = self._vae.prior().log_prob(z) + self._vae.likelihood(z).log_prob(x) - log_q
-        return -log_w.mean(0).sum()
+        log_p = self._vae.prior(*further).log_prob(z) + self._vae.likelihood(z, *further).log_prob(x)
+        return -(log_p - log_q).mean(0).sum()
 
 
-def _estimate_elbo(vae: LatentModel, x: Tensor, num_particles: int) -> Tensor:
+def _estimate_elbo(vae: LatentModel, x: Data, num_particles: int) -> Tensor:
     """(N,) nats, from fresh draws."""
     return importance(vae.model, vae.guide, x, num_particles=num_particles).elbo
 
@@ -177,12 +180,13 @@ class Gaps:
 @serialize_threads()
 def measure_gaps(
     vae: LatentModel,
-    x: Tensor,
+    x: Data,
     log_evidence: Tensor,
     *,
     steps: int = 300,
     num_particles: int = 8,
     evaluation_particles: int = 1000,
+    family: DiagonalNormal | FullNormal | None = None,
     compile: bool = False,
 ) -> Gaps:
     """Split log p(x) - ELBO of each image into two gaps, by refining its q within the guide's family.
@@ -195,17 +199,18 @@ def measure_gaps(
     approximation gap. Both ELBOs are means over fresh particles. Draws come from torch's global generator.
 
     Args:
-        vae: A VAE with a guide ``Conditional(net, family)``, so with one layer of latents.
-        x: Images (N, *E).
+        vae: A VAE with a guide ``Conditional(net, family)``, so with one layer of latents, or any where ``family`` is
+            given.
+        x: Images (N, *E), or ``Records``.
         log_evidence: (N,) nats, from annealed importance sampling or a tight bound; another shape raises ValueError.
-        steps, num_particles, compile: As in ``refine_proposal``, whose errors are these too.
+        steps, num_particles, family, compile: As in ``refine_proposal``, whose errors are these too.
         evaluation_particles: The particles of each of the two ELBOs.
 
     Reference: Cremer et al. 2018, arXiv 1801.03558, equations 4 to 6.
     """
     if tuple(log_evidence.shape) != (len(x),):
         raise ValueError(f"log_evidence: expected shape ({len(x)},), got {tuple(log_evidence.shape)}")
-    q = refine_proposal(vae, x, steps=steps, num_particles=num_particles, compile=compile)
+    q = refine_proposal(vae, x, steps=steps, num_particles=num_particles, family=family, compile=compile)
     with evaluation_mode(vae), pyro.validation_enabled(False):
         elbos = [_estimate_elbo(guided, x, evaluation_particles) for guided in (vae, replace_guide(vae, q))]
     return Gaps(log_evidence.to(elbos[0]), *elbos)

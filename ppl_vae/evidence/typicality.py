@@ -19,12 +19,12 @@ from ppl_vae.vae import VAE
 class PriorMixtureGuide(nn.Module):
     """x (B, *E) -> q(z | x) / 2 + p(z) / 2, batch shape (B,), event shape (L,)."""
 
-    def __init__(self, posterior: Callable[[Tensor], Distribution], prior: Callable[[], Distribution]) -> None:
+    def __init__(self, posterior: Callable[..., Distribution], prior: Callable[..., Distribution]) -> None:
         super().__init__()
         self.posterior, self.prior = posterior, prior
 
-    def forward(self, x: Tensor) -> DefensiveMixture:
-        return DefensiveMixture(self.posterior(x), self.prior(), x.new_full((len(x),), 0.5))
+    def forward(self, x: Tensor, *c: Tensor) -> DefensiveMixture:
+        return DefensiveMixture(self.posterior(x, *c), self.prior(*c), x.new_full((len(x),), 0.5))
 
 
 def mix_prior_into_guide(vae: LatentModel) -> VAE:

@@ -47,9 +47,9 @@ class IncompleteVAE(VAE):
 
     def __init__(
         self,
-        prior: Callable[[], Distribution],
-        likelihood: Callable[[Tensor], Distribution],
-        posterior: Callable[[Tensor], Distribution],
+        prior: Callable[..., Distribution],
+        likelihood: Callable[..., Distribution],
+        posterior: Callable[..., Distribution],
     ) -> None:
         super().__init__(prior, likelihood, posterior)
         support = getattr(getattr(likelihood, "family", likelihood), "support", None)
@@ -57,11 +57,11 @@ class IncompleteVAE(VAE):
         fits = (v for v in _FILLINGS if support is None or support.check(torch.tensor(v, device="cpu")).all())
         self._filling = next(fits, 0.0)
 
-    def model(self, x: Tensor) -> None:
+    def model(self, x: Tensor, *c: Tensor) -> None:
         """z ~ p(z), x_observed ~ p(x_observed | z). x: (B, *E), NaN where missing."""
         with pyro.plate("images", len(x), dim=-1):
-            z = pyro.sample("z", self.prior())
-            p_x = mask_missing(check_event_shape(self.likelihood(z), x, z), x)
+            z = pyro.sample("z", self.prior(*c))
+            p_x = mask_missing(check_event_shape(self.likelihood(z, *c), x, z), x)
             pyro.sample("x", p_x, obs=torch.where(x.isnan(), self._filling, x))
 
 

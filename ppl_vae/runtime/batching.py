@@ -23,7 +23,7 @@ from torch.distributions import Distribution
 
 from ppl_vae.runtime import ranks as distributed
 from ppl_vae.runtime.errors import is_out_of_memory, pluralize
-from ppl_vae.runtime.records import Data, arguments_of, images_of
+from ppl_vae.runtime.records import Data, further_of, images_of
 
 Result = TypeVar("Result")
 
@@ -91,8 +91,7 @@ def pairs_per_pass(vae: object, x: Data) -> int:
     """
     pairs = images_per_pass(x, getattr(vae, "likelihood", None))
     prior = getattr(vae, "prior", None)
-    label = arguments_of(x[:1])[1:] if hasattr(vae, "fix_label") else ()
-    return pairs if prior is None else min(pairs, latents_per_pass(prior(*label), x.device.type))
+    return pairs if prior is None else min(pairs, latents_per_pass(prior(*further_of(x[:1])), x.device.type))
 
 
 def even_divisor(total: int, most: int) -> int:

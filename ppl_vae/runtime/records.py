@@ -114,6 +114,11 @@ def arguments_of(data: Data) -> tuple[Tensor, ...]:
     return (data.x, *data.further) if isinstance(data, Records) else (data,)
 
 
+def further_of(data: Data) -> tuple[Tensor, ...]:
+    """The further tensors of ``Records``; () for images alone."""
+    return data.further if isinstance(data, Records) else ()
+
+
 def join_arguments(tensors: Sequence[Tensor]) -> Data:
     """The inverse of ``arguments_of``."""
     return Records(*tensors) if len(tensors) > 1 else tensors[0]

@@ -1,9 +1,12 @@
 """Draw the pictures of README and the manual, each for a light and a dark page."""
 
+import math
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +15,7 @@ from ppl_vae.runs.options import BOOLEAN, CheckedOptions, option
 from ppl_vae.runtime.process import run_script
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
@@ -55,6 +59,7 @@ def main() -> None:
     draw(output, "samples", samples_of_prior())
     draw(output, "reconstructions", reconstructions(digits))
     draw_study(output)
+    draw_chart(output, "recipes", draw_recipes, size=(6.5, 5.0))
     photograph_explorer(output)
     words = {f"beta-{beta}": f"--beta {beta} --keep last" for beta in BETAS}
     words |= {f"likelihood-{word}": f"--dataset fashion-mnist --likelihood {word}" for word in LIKELIHOODS}
@@ -187,10 +192,6 @@ def report(output: Path, name: str) -> None:
 def draw_study(output: Path) -> None:
     """Writes panels of the study's figures from its stored numbers, each narrow enough for a phone."""
     from dataclasses import replace
-    from io import BytesIO
-
-    from matplotlib import style
-    from PIL import Image
 
     from ppl_vae.study import figures
     from ppl_vae.study.results import read_study
@@ -203,15 +204,55 @@ def draw_study(output: Path) -> None:
         "bounds-fashion-mnist": (figures.draw_bounds, "fashion-mnist"),
     }
     for name, (draw_panel, dataset) in panels.items():
-        for page, words in STYLES.items():
-            with style.context(words):
-                figure = draw_panel(replace(study, datasets=(dataset,)))
-                figure.set_size_inches(4.2, 3.4)
-                png = BytesIO()
-                figure.savefig(png, dpi=200, transparent=True)
-            picture = Image.open(png).quantize(64, method=Image.Quantize.FASTOCTREE)
-            picture.save(output / f"study-{name}-{page}.png", optimize=True)
-        report(output, f"study-{name}")
+        draw_chart(output, f"study-{name}", partial(draw_panel, replace(study, datasets=(dataset,))), size=(4.2, 3.4))
+
+
+def draw_chart(output: Path, name: str, draw_figure: Callable[[], "Figure"], *, size: tuple[float, float]) -> None:
+    """Writes NAME-light.png and NAME-dark.png of a figure, with its size in inches."""
+    from io import BytesIO
+
+    from matplotlib import style
+    from PIL import Image
+
+    for page, words in STYLES.items():
+        with style.context(words):
+            figure = draw_figure()
+            figure.set_size_inches(*size)
+            png = BytesIO()
+            figure.savefig(png, dpi=200, transparent=True)
+        picture = Image.open(png).quantize(64, method=Image.Quantize.FASTOCTREE)
+        picture.save(output / f"{name}-{page}.png", optimize=True)
+    report(output, name)
+
+
+def draw_recipes() -> "Figure":
+    """L_5000 of each recipe on dynamic MNIST against the minutes of its training, and the numbers in print as lines."""
+    from matplotlib import pyplot
+
+    from ppl_vae.runs.recipes import read_reproductions
+
+    rows = read_reproductions(ROOT / "scripts" / "results" / "reproductions.json")
+    rows = [row for row in rows if row.protocol.dataset == "mnist"]
+    figure, axes = pyplot.subplots(layout="constrained")
+    printed = {number.log_likelihood: number.source for row in rows for number in row.published}
+    above = -math.inf
+    for nats, source in sorted(printed.items()):
+        model, _, paper = source.partition(": ")
+        words = f"{model} ({paper.split(', arXiv')[0]})"
+        place = {"xytext": (-3, 1.5) if nats - above > 0.2 else (-3, -7.5), "textcoords": "offset points"}
+        axes.axhline(nats, linewidth=0.8, linestyle="--", color="gray")
+        where = ("axes fraction", "data")
+        axes.annotate(words, (1, nats), xycoords=where, ha="right", fontsize=6.5, color="gray", **place)
+        above = nats
+    for recipe in dict.fromkeys(row.recipe for row in rows):
+        own = [row for row in rows if row.recipe == recipe]
+        minutes = [sum(row.seconds.training) / 60 for row in own]
+        nats = [row.ours.mean for row in own]
+        axes.errorbar(minutes, nats, [row.ours.stderr for row in own], fmt="o", markersize=4, linewidth=1)
+        axes.annotate(recipe, (min(minutes), nats[0]), (-6, 3), textcoords="offset points", ha="right", fontsize=8)
+    axes.set(xlabel="minutes of training", ylabel="L_5000, nats per image", xlim=(0, None))
+    axes.set_title("Dynamic MNIST: recipes here, and numbers in print (dashed)", fontsize=10)
+    return figure
 
 
 def photograph_explorer(output: Path) -> None:

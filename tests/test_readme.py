@@ -360,7 +360,7 @@ def test_the_pictures_that_need_no_training_are_drawn_again(tmp_path):
     subprocess.run([sys.executable, script, *words], capture_output=True, text=True, check=True, timeout=120)
     drawn = {path.name for path in (tmp_path / "pictures").iterdir() if not path.name.startswith("explorer")}
     kept = {path.name for path in (ROOT / "docs" / "pictures").iterdir()}
-    assert drawn == {name for name in kept if name.startswith(("samples", "reconstructions", "study"))}
+    assert drawn == {name for name in kept if name.startswith(("samples", "reconstructions", "recipes", "study"))}
     for name in drawn:
         new, old = (Image.open(folder / name) for folder in (tmp_path / "pictures", ROOT / "docs" / "pictures"))
         assert new.size == old.size

@@ -153,48 +153,24 @@ ABOVE_0 = ("0", "-0.0", "1e-400", *_FLOAT_WORDS)
 NOT_BELOW_0 = ("-1", *_FLOAT_WORDS)
 A_WORD = ("sparkle", "", "BERNOULLI", "None")
 
-BAD_WORDS = {
-    name: words
-    for words, names in (
-        (
-            AT_LEAST_1,
-            """
-            hidden channels image_size dequantization_draws likelihood_components latent_dim epochs batch_size
-            num_particles images evaluation_particles prior_components prior_layers prior_hidden
-            posterior_layers posterior_hidden upper_latents upper_hidden classes labels
-            """,
-        ),
-        (
-            A_WORD,
-            """
-            protocol compile stream tensorboard precision dequantization transform fit color binarization
-            likelihood network prior posterior prior_flow posterior_flow inference decoder_input initialization
-            schedule scale_map objective keep kl missing missing_mask condition
-            """,
-        ),
-        (
-            ABOVE_0,
-            "likelihood_scale learning_rate clip_norm skip_norm",
-        ),
-        (
-            ("1", "-0.1", *_FLOAT_WORDS),
-            "average_decay decay_start",
-        ),
-        (
-            ("",),
-            "data_dir start_from dataset device",
-        ),
-        (
-            AT_LEAST_0,
-            "warmup_epochs seed",
-        ),
-        (
-            NOT_BELOW_0,
-            "beta checkpoint_seconds free_bits label_weight label_consistency",
-        ),
-    )
-    for name in names.split()
+REFUSED_WORDS = {
+    """
+    hidden channels image_size dequantization_draws likelihood_components latent_dim epochs batch_size
+    num_particles images evaluation_particles prior_components prior_layers prior_hidden
+    posterior_layers posterior_hidden upper_latents upper_hidden classes labels
+    """: AT_LEAST_1,
+    """
+    protocol compile stream tensorboard precision dequantization transform fit color binarization
+    likelihood network prior posterior prior_flow posterior_flow inference decoder_input initialization
+    schedule scale_map objective keep kl missing missing_mask condition
+    """: A_WORD,
+    "likelihood_scale learning_rate clip_norm skip_norm": ABOVE_0,
+    "average_decay decay_start": ("1", "-0.1", *_FLOAT_WORDS),
+    "data_dir start_from dataset device": ("",),
+    "warmup_epochs seed": AT_LEAST_0,
+    "beta checkpoint_seconds free_bits label_weight label_consistency": NOT_BELOW_0,
 }
+BAD_WORDS = {name: words for names, words in REFUSED_WORDS.items() for name in names.split()}
 
 
 def test_every_option_is_refused_something() -> None:

@@ -388,21 +388,13 @@ BAD_RUNS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...], str]] = {
     "truncated weights": (truncate("model.safetensors"), (EVALUATE, FIGURES), r"model\.safetensors: damaged"),
     "truncated states": (to_both_states(truncate), (RESUME,), r"training_state\.safetensors: damaged"),
     "evaluation damaged": (write("evaluation.json", "{"), (EVALUATE, RESUME), r"evaluation\.json: damaged: not JSON"),
-    "evaluation a list": (
-        write("evaluation.json", "[]"),
-        (EVALUATE, RESUME),
-        r"evaluation\.json: damaged: expected a JSON object, got list",
-    ),
+    "evaluation a list": (write("evaluation.json", "[]"), (EVALUATE, RESUME), r"evaluation\.json: damaged: .* list"),
     "damaged metrics": (
         lambda folder: write("metrics.jsonl", "oops\n" + (folder / "metrics.jsonl").read_text())(folder),
         (FIGURES,),
         r"metrics\.jsonl: damaged: line 1",
     ),
-    "data gone": (
-        set_option("dataset", "/no/such.npz"),
-        EVERY,
-        r"its data, /no/such\.npz, is not there; --dataset says",
-    ),
+    "data gone": (set_option("dataset", "/no/such.npz"), EVERY, r"/no/such\.npz, is not there; --dataset says"),
 }
 
 

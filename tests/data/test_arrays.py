@@ -82,11 +82,7 @@ FILES: dict[str, tuple[np.ndarray, str, type]] = {  # -> kind, as stored
     "probabilities, float64": (RNG.random((53, 9)), "probabilities", np.float32),
     "probabilities, other bytes first": (RNG.random((53, 9)).astype(">f4"), "probabilities", np.float32),
     "real values": (RNG.normal(size=(53, 5, 6)) * 3 + 100, "real values", np.float32),
-    "real values, columns first": (
-        np.asfortranarray(RNG.normal(size=(53, 7)).astype(np.float32)),
-        "real values",
-        np.float32,
-    ),
+    "real values, columns first": (np.asfortranarray(RNG.normal(size=(53, 7))), "real values", np.float32),
     "real values, other bytes first": (RNG.normal(size=(53, 7)).astype(">f8"), "real values", np.float32),
 }
 
@@ -372,25 +368,18 @@ def encode_objects(name: str) -> bytes:
 
 
 BAD_FILES = {
-    "an empty file": ("own.npy", b"", "own.npy: not a readable array file"),
-    "half an npz": ("own.npz", encode("own.npz", train=GRAY)[:200], "own.npz: not a readable array file"),
-    "an npz with a flipped byte": (
-        "own.npz",
-        flip(encode("own.npz", train=GRAY), 300),
-        "own.npz: not a readable array file",
-    ),
-    "a truncated npy": ("own.npy", encode("own.npy", array=GRAY)[:-10], "own.npy: not a readable array file"),
-    "text": ("own.npy", b"0 1 1 0\n1 0 0 1\n", "own.npy: not a readable array file"),
-    "objects": ("own.npy", encode_objects("own.npy"), "not a readable array file: object arrays are not read"),
-    "objects in an npz": (
-        "own.npz",
-        encode_objects("own.npz"),
-        "not a readable array file: object arrays are not read",
-    ),
+    "an empty file": ("own.npy", b""),
+    "half an npz": ("own.npz", encode("own.npz", train=GRAY)[:200]),
+    "an npz with a flipped byte": ("own.npz", flip(encode("own.npz", train=GRAY), 300)),
+    "a truncated npy": ("own.npy", encode("own.npy", array=GRAY)[:-10]),
+    "text": ("own.npy", b"0 1 1 0\n1 0 0 1\n"),
+    "objects": ("own.npy", encode_objects("own.npy")),
+    "objects in an npz": ("own.npz", encode_objects("own.npz")),
 }
 
 TIMES = 1.6e9 + RNG.uniform(-30, 30, 400)
 WIDE = 1e9 * RNG.normal(size=400)
+BEYOND = r"got float64 around 1.6e\+09 with a spread of 1[78] in column 1 of train; center"
 NOT_FINITE = "expected finite values, got NaN or infinity in train"
 BAD_ARRAYS: dict[str, tuple[np.ndarray, str]] = {
     "strings": (np.array(["a", "b"] * 10), "expected numbers, got dtype <U1"),
@@ -398,10 +387,7 @@ BAD_ARRAYS: dict[str, tuple[np.ndarray, str]] = {
     "NaN": (set_value(FLOATS, np.nan), NOT_FINITE),
     "infinity": (set_value(FLOATS, np.inf), NOT_FINITE),
     "floats beyond float32": (set_value(FLOATS, 1e39), NOT_FINITE),
-    "integers below 0": (
-        GRAY.astype(np.int64) - GRAY.min() - 1,
-        "uint8 levels, .* got int64 from -1 .*centered in float64: x = numpy.load",
-    ),
+    "integers below 0": (GRAY.astype(np.int64) - GRAY.min() - 1, "uint8 levels, .* got int64 from -1 .*float64: x = "),
     "counts beyond single precision": (GRAY.astype(np.int64) + 2**25, "counts from 0 to 16,777,216, .* got int64 from"),
     "five dimensions": (np.zeros((20, 1, 4, 5, 1), np.uint8), r"got shape \(20, 1, 4, 5, 1\) in train"),
     "no dimension": (np.array(1, np.uint8), r"got shape \(\)"),
@@ -410,14 +396,8 @@ BAD_ARRAYS: dict[str, tuple[np.ndarray, str]] = {
     "no images": (np.zeros((0, 4, 5), np.uint8), "expected at least one image in every split, got an empty array"),
     "no width": (np.zeros((20, 4, 0), np.uint8), r"expected at least one pixel, got shape \(20, .*4, 0\) in train"),
     "nine images": (np.zeros((9, 4, 5), np.uint8), "expected at least 10 images to split, got 9"),
-    "a column beyond single precision": (
-        np.stack([WIDE, TIMES], 1),
-        r"tell apart, got float64 around 1.6e\+09 with a spread of 1[78] in column 1 of train; center",
-    ),
-    "the same, columns first": (
-        np.asfortranarray(np.stack([WIDE, TIMES], 1)),
-        r"around 1.6e\+09 with a spread of 1[78] in column 1 of train; center",
-    ),
+    "a column beyond single precision": (np.stack([WIDE, TIMES], 1), BEYOND),
+    "the same, columns first": (np.asfortranarray(np.stack([WIDE, TIMES], 1)), BEYOND),
     "several columns": (np.stack([WIDE, TIMES, -TIMES, 2 * TIMES], 1), "column 1 of train, and likewise in 2 more col"),
     "images far from 0": (1e9 + RNG.normal(size=(40, 2, 5)), "around 1e.09 with a spread of .* in train"),
 }
@@ -439,20 +419,11 @@ def test_a_constant_column_needs_no_resolution(tmp_path: Path, size: str, noise:
 BAD_SPLITS = {
     "no train": ({"valid": GRAY, "test": GRAY}, r"arrays named train, valid and test, got \['valid', 'test'\]"),
     "no arrays": ({}, "expected one array, or arrays named train, valid and test, got none"),
-    "images of two shapes": (
-        {"train": GRAY, "test": GRAY[:, :, :4]},
-        r"expected images of one shape in all splits, got \[\(1, 4, 4\), \(1, 4, 5\)\]",
-    ),
+    "images of two shapes": ({"train": GRAY, "test": GRAY[:, :, :4]}, r"one shape .*, got \[\(1, 4, 4\), \(1, 4, 5"),
     "binary train, gray test": ({"train": BITS, "test": GRAY}, "expected binary in test as in train"),
     "uint8 train, float test": ({"train": GRAY, "test": FLOATS}, "expected 8-bit levels in test as in train"),
-    "NaN in test": (
-        {"train": FLOATS, "test": set_value(FLOATS, np.nan)},
-        "expected finite values, got NaN or infinity in test: 1 of the values",
-    ),
-    "an empty test split": (
-        {"train": GRAY, "test": GRAY[:0]},
-        "expected at least one image in every split, got an empty array",
-    ),
+    "NaN in test": ({"train": FLOATS, "test": set_value(FLOATS, np.nan)}, "got NaN or infinity in test: 1 of the"),
+    "an empty test split": ({"train": GRAY, "test": GRAY[:0]}, "expected at least one image in every split"),
     "a test split without dimensions": ({"train": BITS, "test": np.array(1)}, r"got shape \(\)"),
 }
 
@@ -466,9 +437,9 @@ def test_splits_that_do_not_belong_together_are_refused(tmp_path: Path, what: st
 
 @pytest.mark.parametrize("what", BAD_FILES)
 def test_a_file_that_cannot_be_read_is_refused_without_advice_to_unpickle(tmp_path: Path, what: str) -> None:
-    name, content, message = BAD_FILES[what]
+    name, content = BAD_FILES[what]
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=message) as refused:
+    with pytest.raises(ValueError, match=f"{name}: not a readable array file") as refused:
         data.load(str(tmp_path / name))
     assert "pickle" not in str(refused.value)
     assert ("object" in str(refused.value)) == ("objects" in what)

@@ -140,17 +140,9 @@ NO_SCALE = {
     "12 bits in a TIFF of 16, white is zero": ("tif", tiff(FULL // 16, bits=16, photometric=0), "above 4,095"),
     "10 bits in a TIFF of 16": ("tif", tiff(FULL // 64, bits=16), "above 1,023"),
     "12 bits in colors of 16": ("png", png_of_16_bits(COLORS // 16), "above"),
-    "integers of 32 bits": ("tif", tiff(GRADIENT, bits=32), "signed and 32-bit levels have no known scale"),
-    "signed integers of 32 bits": (
-        "tif",
-        tiff(GRADIENT, bits=32, sample_format=2),
-        "signed and 32-bit levels have no known scale",
-    ),
-    "signed integers of 16 bits": (
-        "tif",
-        tiff(FULL // 2, bits=16, sample_format=2),
-        "signed and 32-bit levels have no known scale",
-    ),
+    "integers of 32 bits": ("tif", tiff(GRADIENT, bits=32), "32-bit levels have no known scale"),
+    "signed integers of 32 bits": ("tif", tiff(GRADIENT, bits=32, sample_format=2), "signed and 32-bit levels"),
+    "signed integers of 16 bits": ("tif", tiff(FULL // 2, bits=16, sample_format=2), "signed and 32-bit levels"),
     "floats": ("tif", encoded(GRADIENT.astype(np.float32), "tiff"), "floating-point levels have no known scale"),
 }
 

@@ -102,67 +102,29 @@ def test_every_word_of_the_registry_names_something_that_can_be_imported(option:
     assert set(part.arguments(Options())) == set(part.options.values())
 
 
+DELTA = {"posterior": "delta"}
 CONFLICTS = {
-    "an analytic KL of a flow": (
-        {"kl": "analytic", "prior": "flow"},
-        "--kl analytic: expected --prior standard-normal, whose KL has a formula, got flow$",
-    ),
-    "free bits of a full guide": (
-        {"objective": "free-bits", "posterior": "full"},
-        "--objective free-bits: expected --posterior diagonal, whose KL has a formula, got full$",
-    ),
-    "delta, a prior that nothing trains": (
-        {"posterior": "delta", "beta": 0.0, "prior": "flow", "objective": "elbo"},
-        "--posterior delta: expected --prior standard-normal, got flow",
-    ),
-    "bottom-up, an analytic KL": (
+    "an analytic KL of a flow": ({"kl": "analytic", "prior": "flow"}, "--kl analytic: expected .*, got flow$"),
+    "an analytic KL, bottom-up": (
         {"upper_latents": (3,), "inference": "bottom-up", "kl": "analytic", "prior": "standard-normal"},
         "--inference bottom-up: expected a sampled KL",
     ),
-    "delta, beta 1": (
-        {"posterior": "delta"},
-        r"--posterior delta: expected --beta 0 \(a deterministic guide has no KL: .*, got --beta 1$",
-    ),
-    "delta, beta 0.5": (
-        {"posterior": "delta", "beta": 0.5},
-        r"--posterior delta: expected --beta 0 .*, got --beta 0\.5$",
-    ),
-    "delta, free bits": (
-        {"posterior": "delta", "beta": 0.0, "objective": "free-bits"},
-        "--objective free-bits: expected --posterior diagonal, whose KL has a formula, got delta$",
-    ),
-    "free bits without their objective": (
-        {"free_bits": 0.5},
-        "--free-bits: expected --objective free-bits, got stl$",
-    ),
-    "free bits, a KL": (
-        {"objective": "free-bits", "kl": "analytic"},
-        "--kl: expected --objective elbo, got free-bits$",
-    ),
-    "delta, an objective on log-weights": (
-        {"posterior": "delta", "beta": 0.0, "objective": "dreg"},
-        "--objective dreg: expected --posterior diagonal, got delta$",
-    ),
-    "an objective on log-weights, a KL": (
-        {"objective": "stl", "kl": "analytic"},
-        "--kl: expected --objective elbo, got stl$",
-    ),
-    "a flow of one latent": (
-        {"prior": "flow", "latent_dim": 1},
-        "coupling flow: expected at least 2, one half mapped by the other, got 1$",
-    ),
-    "several layers, a flow of one latent at the top": (
-        {"prior": "flow", "upper_latents": (3, 1)},
-        "coupling flow: expected at least 2, one half mapped by the other, got 1$",
-    ),
+    "an analytic KL of log-weights": ({"objective": "stl", "kl": "analytic"}, "--kl: expected .*, got stl$"),
+    "an analytic KL of free bits": ({"objective": "free-bits", "kl": "analytic"}, "--kl: expected .*, got free-bits$"),
+    "free bits of a full guide": ({"objective": "free-bits", "posterior": "full"}, "free-bits: expected .*, got full$"),
+    "free bits without their objective": ({"free_bits": 0.5}, "--free-bits: expected --objective free-bits, got stl$"),
+    "delta, beta 1": (DELTA, "--posterior delta: expected --beta 0 .*, got --beta 1$"),
+    "delta, beta 0.5": (DELTA | {"beta": 0.5}, r"--posterior delta: expected --beta 0 .*, got --beta 0\.5$"),
+    "delta, a flow": (DELTA | {"beta": 0.0, "prior": "flow", "objective": "elbo"}, "delta: expected .*, got flow"),
+    "delta, free bits": (DELTA | {"beta": 0.0, "objective": "free-bits"}, "free-bits: expected .*, got delta$"),
+    "delta, log-weights": (DELTA | {"beta": 0.0, "objective": "dreg"}, "dreg: expected .*, got delta$"),
+    "a flow of one latent": ({"prior": "flow", "latent_dim": 1}, "flow: expected at least 2, .*, got 1$"),
+    "a flow of one latent on top": ({"prior": "flow", "upper_latents": (3, 1)}, "expected at least 2, .*, got 1$"),
     "several layers, another posterior": (
         {"prior": "standard-normal", "upper_latents": (3,), "posterior": "full"},
         "--upper-latents: expected --posterior diagonal at every layer, got full$",
     ),
-    "several layers, a VampPrior": (
-        {"upper_latents": (3,), "prior": "vamp"},
-        "--upper-latents: expected a --prior with a density of its own, got vamp ",
-    ),
+    "several layers, a VampPrior": ({"upper_latents": (3,), "prior": "vamp"}, "-latents: expected .*, got vamp "),
 }
 
 # Options that belong to some words of another option: a value that is not the default, the other option, a word

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import replace
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; child processes inherit it
 
@@ -55,6 +56,15 @@ def cache_folder(tmp_path_factory):
 def oracle():
     """A linear Gaussian model, whose posterior and evidence are known."""
     return LinearGaussian.random()
+
+
+@pytest.fixture(scope="session")
+def bars_run(tmp_path_factory):
+    """A small run on labelled images, with their file beside it. A test that changes it changes a copy."""
+    from small_run import SMALL, save_bars, train_small  # it imports all commands
+
+    place = tmp_path_factory.mktemp("bars")
+    return train_small(place / "run", replace(SMALL, dataset=str(save_bars(place / "bars.npz"))))
 
 
 @pytest.fixture(scope="module")

@@ -62,6 +62,15 @@ def contents(folder: Path, *, but: Sequence[str] = ()) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
+@contextmanager
+def nothing_changes(folder: Path) -> Iterator[None]:
+    """A block that leaves every file below a folder, and the global generator, as they are."""
+    before, state = contents(folder), torch.get_rng_state()
+    yield
+    assert contents(folder) == before
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def exact_log_p(folder: Path, x: np.ndarray) -> np.ndarray:
     """(N,) nats: log p of the pixels of x (N, *E) that are no NaN, by the trapezoidal rule over both latents."""
     nodes = torch.linspace(-8, 8, 321)

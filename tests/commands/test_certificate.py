@@ -81,15 +81,9 @@ def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(certificate, "certificate_figures", lambda *words: {})
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("trained")
-    return train_small(folder / "run", replace(SMALL, dataset=str(save_bars(folder / "bars.npz"))))
-
-
 @pytest.fixture
-def copy(trained: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(trained, tmp_path / "run"))
+def copy(bars_run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(bars_run, tmp_path / "run"))
 
 
 @pytest.fixture(scope="module")
@@ -101,9 +95,9 @@ def other_bars(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def certified(trained: Path, other_bars: Path, tmp_path_factory: pytest.TempPathFactory) -> Certified:
+def certified(bars_run: Path, other_bars: Path, tmp_path_factory: pytest.TempPathFactory) -> Certified:
     """A run with its certificate, the entry that came back, and what was said."""
-    folder = Path(shutil.copytree(trained, tmp_path_factory.mktemp("certified") / "run"))
+    folder = Path(shutil.copytree(bars_run, tmp_path_factory.mktemp("certified") / "run"))
     said: list[str] = []
     return folder, certify(folder, against=str(other_bars), say=said.append), said
 
@@ -153,11 +147,11 @@ def test_noise_is_scored_lower_than_the_runs_own_images(certified: Certified) ->
     assert found["other"]["mean"] < found["own"]["mean"]
 
 
-def test_the_evaluations_and_the_weights_stay_as_they_were(trained: Path, certified: Certified) -> None:
-    before, after = runs.read_evaluations(trained), runs.read_evaluations(certified[0])
+def test_the_evaluations_and_the_weights_stay_as_they_were(bars_run: Path, certified: Certified) -> None:
+    before, after = runs.read_evaluations(bars_run), runs.read_evaluations(certified[0])
     assert after.keys() - before.keys() == {"certificate-test"}
     assert before.items() <= after.items()
-    assert (certified[0] / runs.MODEL).read_bytes() == (trained / runs.MODEL).read_bytes()
+    assert (certified[0] / runs.MODEL).read_bytes() == (bars_run / runs.MODEL).read_bytes()
 
 
 # --- Interrupted, and gone on ---

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_run import SMALL, save_bars, silent, train_small
+from small_run import silent, train_small
 
 from ppl_vae import runs
 from ppl_vae.commands import compress as commands
@@ -26,20 +26,14 @@ pytest.importorskip("constriction")
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("compress")
-    return train_small(folder / "run", replace(SMALL, dataset=str(save_bars(folder / "bars.npz"))))
-
-
-@pytest.fixture(scope="module")
-def coded(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def coded(bars_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("coded") / "bars.bits"
-    commands.compress_run(Compress(str(run), output=str(path)), say=silent)
+    commands.compress_run(Compress(str(bars_run), output=str(path)), say=silent)
     return path
 
 
-def images(run: Path) -> np.ndarray:
-    return np.load(run.parent / "bars.npz")["test"][:, None]
+def images(bars_run: Path) -> np.ndarray:
+    return np.load(bars_run.parent / "bars.npz")["test"][:, None]
 
 
 def decompress_refused(path: Path, tmp_path: Path, match: str, **options: str) -> None:
@@ -50,13 +44,13 @@ def decompress_refused(path: Path, tmp_path: Path, match: str, **options: str) -
     assert not [*tmp_path.glob("*.npy"), *tmp_path.glob(".*")]
 
 
-def test_images_come_back_in_another_process(run: Path, coded: Path, tmp_path: Path) -> None:
+def test_images_come_back_in_another_process(bars_run: Path, coded: Path, tmp_path: Path) -> None:
     script = Path(__file__).parents[2] / "scripts" / "decompress.py"
     words = [sys.executable, str(script), str(coded), "--output", str(tmp_path / "images.npy")]
     done = subprocess.run(words, env=os.environ | {"OMP_NUM_THREADS": "2"}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "40 images" in done.stdout
-    assert np.array_equal(np.load(tmp_path / "images.npy"), images(run))
+    assert np.array_equal(np.load(tmp_path / "images.npy"), images(bars_run))
 
 
 def test_the_rate_counts_every_byte_of_the_file(coded: Path) -> None:
@@ -83,9 +77,9 @@ def test_a_file_that_is_cut_off_is_refused(coded: Path, tmp_path: Path, size: in
     decompress_refused(tmp_path / "cut", tmp_path, "cut off|expected a file of compressed images")
 
 
-def test_other_weights_are_refused(run: Path, coded: Path, tmp_path: Path) -> None:
-    other = shutil.copytree(run, tmp_path / "other")
-    weights = {name: w + 1 if w.is_floating_point() else w for name, w in load(run).state_dict().items()}
+def test_other_weights_are_refused(bars_run: Path, coded: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(bars_run, tmp_path / "other")
+    weights = {name: w + 1 if w.is_floating_point() else w for name, w in load(bars_run).state_dict().items()}
     runs.save_tensors(other / runs.MODEL, weights, {"step": 1})
     with pytest.raises(ValueError, match="expected the weights that it was compressed with"):
         commands.decompress_file(Decompress(str(coded), run_dir=str(other)), say=silent)
@@ -100,7 +94,7 @@ def test_a_machine_that_computes_other_numbers_is_detected(
     decompress_refused(coded, tmp_path, "computes other numbers from the same weights")
 
 
-def test_a_density_and_an_autoencoder_are_refused(run: Path, tmp_path: Path) -> None:
+def test_a_density_is_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "table.npy", np.random.default_rng(0).normal(size=(60, 3)).astype(np.float32))
     table = Options(dataset=str(tmp_path / "table.npy"), likelihood="normal", hidden=(4,), latent_dim=2, epochs=1)
     small = replace(table, images=5, evaluation_particles=5, batch_size=20)
@@ -110,19 +104,21 @@ def test_a_density_and_an_autoencoder_are_refused(run: Path, tmp_path: Path) -> 
     assert not (tmp_path / "x").exists()
 
 
-def test_a_place_that_cannot_be_written_to_is_refused_before_the_work(run: Path, coded: Path, tmp_path: Path) -> None:
+def test_a_place_that_cannot_be_written_to_is_refused_before_the_work(
+    bars_run: Path, coded: Path, tmp_path: Path
+) -> None:
     for output in (str(tmp_path / "missing" / "x"), str(tmp_path)):
         with pytest.raises(ValueError, match="--output: expected a file in a folder that exists"):
-            commands.compress_run(Compress(str(run), output=output), say=silent)
+            commands.compress_run(Compress(str(bars_run), output=output), say=silent)
         with pytest.raises(ValueError, match="--output: expected a file in a folder that exists"):
             commands.decompress_file(Decompress(str(coded), output=output), say=silent)
 
 
-def test_one_image_comes_back(run: Path, tmp_path: Path) -> None:
-    commands.compress_run(Compress(str(run), images=1, num_particles=4, output=str(tmp_path / "one")), say=silent)
+def test_one_image_comes_back(bars_run: Path, tmp_path: Path) -> None:
+    commands.compress_run(Compress(str(bars_run), images=1, num_particles=4, output=str(tmp_path / "one")), say=silent)
     commands.decompress_file(Decompress(str(tmp_path / "one")), say=silent)
     found = np.load(tmp_path / "one.npy")
-    assert any(np.array_equal(found[0], image) for image in images(run))
+    assert any(np.array_equal(found[0], image) for image in images(bars_run))
 
 
 def test_other_formats_hold_the_same_images(tmp_path: Path) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from broken_runs import Runs
-from small_run import SMALL, bars, save_bars, train_small
+from small_run import SMALL, bars, train_small
 
 from ppl_vae import load, runs
 from ppl_vae.commands.cli import parse
@@ -57,13 +59,6 @@ def diagnosed(trained):
         return made[name]
 
     return call
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    """A run on 8 x 8 images that trains in a second."""
-    place = tmp_path_factory.mktemp("small")
-    return train_small(place / "run", replace(SMALL, dataset=str(save_bars(place / "bars.npz"))))
 
 
 # --- Broken on purpose ---
@@ -174,8 +169,8 @@ def test_a_measure_that_the_images_do_not_allow_is_unknown(tmp_path, train, vali
 # --- What it leaves as it was, and what it refuses ---
 
 
-def test_measuring_moves_neither_weights_nor_generators(small):
-    vae, x = load(small), torch.rand(30, 1, 8, 8).round()
+def test_measuring_moves_neither_weights_nor_generators(bars_run):
+    vae, x = load(bars_run), torch.rand(30, 1, 8, 8).round()
     before = {name: tensor.clone() for name, tensor in vae.state_dict().items()}
     state = torch.get_rng_state()
     first, second = measure(vae, x), measure(vae, x)
@@ -184,7 +179,8 @@ def test_measuring_moves_neither_weights_nor_generators(small):
     assert all(torch.equal(before[name], tensor) for name, tensor in vae.state_dict().items())
 
 
-def test_a_second_diagnosis_replaces_the_first(small):
+def test_a_second_diagnosis_replaces_the_first(bars_run, tmp_path):
+    small = Path(shutil.copytree(bars_run, tmp_path / "run"))
     first = diagnose_run(Diagnose(str(small), split="test", images=20), say=lambda line: None)
     stale = small / runs.FIGURES / "diagnosis-of-before.png"
     stale.touch()

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_run import SMALL, bars, exact_log_p, save_bars, train_small
+from small_run import SMALL, bars, contents, exact_log_p, train_small
 
 from ppl_vae import load
 from ppl_vae.commands.latents import encode_images, hide_half, impute_images, read_mask
@@ -22,17 +24,13 @@ from ppl_vae.reports.figures.images import Display, draw_imputations
 NAN = math.nan
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    place = tmp_path_factory.mktemp("imputation")
-    return train_small(place / "run", replace(SMALL, dataset=str(save_bars(place / "bars.npz")), epochs=1))
-
-
 @pytest.fixture
-def impute(folder, tmp_path):
+def impute(bars_run, tmp_path):
     """Imputes into a new folder; returns its arrays, its JSON, and what was said."""
 
-    def call(images_path, *, run_dir=folder, mask=None, hide=None, num_particles=20, images=None, seed=0, output="out"):
+    def call(
+        images_path, *, run_dir=bars_run, mask=None, hide=None, num_particles=20, images=None, seed=0, output="out"
+    ):
         said = []
         written = impute_images(
             Impute(
@@ -69,22 +67,22 @@ def images(tmp_path):
 # --- The numbers ---
 
 
-def test_log_p_of_the_observed_pixels_is_their_integral(impute, images, folder):
+def test_log_p_of_the_observed_pixels_is_their_integral(impute, images, bars_run):
     x = bars(8, seed=9)[0].astype(float)
     x[np.random.default_rng(0).random(x.shape) < 0.5] = NAN
     stored, _, _ = impute(images(x), num_particles=3000)
-    error = stored["log_likelihood_observed"] - exact_log_p(folder, x)
+    error = stored["log_likelihood_observed"] - exact_log_p(bars_run, x)
     assert (np.abs(error) < 5 * np.sqrt(1 / stored["ess"]) + 1e-3).all()
 
 
 @pytest.mark.thorough
-def test_log_p_of_the_hidden_pixels_is_the_ratio_of_two_integrals(impute, images, folder):
+def test_log_p_of_the_hidden_pixels_is_the_ratio_of_two_integrals(impute, images, bars_run):
     x = bars(8, seed=9)[0].astype(float)
     stored, _, _ = impute(images(x), hide="left", num_particles=3000)
     seen = x.copy()
     seen[:, :, :4] = NAN
-    exact = exact_log_p(folder, x) - exact_log_p(folder, seen)
-    whole = evaluate(load(folder), torch.from_numpy(x)[:, None].float(), num_particles=3000, seed=0)
+    exact = exact_log_p(bars_run, x) - exact_log_p(bars_run, seen)
+    whole = evaluate(load(bars_run), torch.from_numpy(x)[:, None].float(), num_particles=3000, seed=0)
     stderr = np.sqrt(1 / stored["ess"] + 1 / whole.ess.numpy())
     assert (np.abs(stored["log_likelihood_hidden"] - exact) < 5 * stderr + 1e-3).all()
 
@@ -226,15 +224,12 @@ def test_images_whose_draws_are_one_guess_are_counted(impute, images):
 # --- What is written ---
 
 
-def test_nothing_of_the_run_changes_but_its_folder_imputations(impute, folder):
-    def contents():
-        files = (path for path in folder.rglob("*") if path.is_file() and "imputations" not in path.parts)
-        return {path: path.read_bytes() for path in files}
-
-    before = contents()
-    impute("test", hide="left", images=3, output=None)
-    assert contents() == before
-    assert (folder / "imputations" / "imputed.npz").exists()
+def test_nothing_of_the_run_changes_but_its_folder_imputations(impute, bars_run, tmp_path):
+    copy = Path(shutil.copytree(bars_run, tmp_path / "run"))
+    impute("test", run_dir=copy, hide="left", images=3, output=None)
+    assert (copy / "imputations" / "imputed.npz").exists()
+    shutil.rmtree(copy / "imputations")
+    assert contents(copy) == contents(bars_run)
 
 
 # --- The figure ---

@@ -15,7 +15,6 @@ import pytest
 import torch
 from evaluation_worker import CASES, all_cases, small_passes
 from oracles import LinearGaussian, bernoulli_vae, quadrature_log_evidence
-from small_run import SMALL, save_bars, train_small
 
 from ppl_vae import importance, load, runs
 from ppl_vae.commands.evaluate import evaluate_run, partial_path
@@ -23,7 +22,6 @@ from ppl_vae.commands.options import Evaluate
 from ppl_vae.evidence import evaluation
 from ppl_vae.evidence.evaluation import evaluate
 from ppl_vae.runs import checkpoints
-from ppl_vae.runs.options import Options
 from ppl_vae.runtime import batching
 from ppl_vae.runtime.batching import images_per_group
 from ppl_vae.runtime.errors import Interrupted
@@ -154,20 +152,12 @@ def test_two_models_have_the_same_seeds_for_the_same_images(num_particles, monke
 # --- Interruptions ---
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("trained")
-    path = save_bars(folder / "bars.npz")
-    options = Options(**{**SMALL.__dict__, "dataset": str(path)})
-    return train_small(folder / "run", options)
-
-
 @pytest.fixture
-def folder(trained, tmp_path, monkeypatch):
+def folder(bars_run, tmp_path, monkeypatch):
     """A trained run; groups of 3 images at S = 30, and a write after each."""
     monkeypatch.setattr(checkpoints, "_SECONDS_BETWEEN_WRITES", 0.0)
     monkeypatch.setitem(batching.PASS_BYTES, "cpu", 100 * 4 * 6 * 64)
-    return Path(shutil.copytree(trained, tmp_path / "run"))
+    return Path(shutil.copytree(bars_run, tmp_path / "run"))
 
 
 ASKED = {"split": "test", "num_particles": 30, "images": None, "device": "cpu", "seed": 3}

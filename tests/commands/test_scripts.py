@@ -41,19 +41,6 @@ EVALUATION = ["evaluation.json", "evaluation-test.safetensors"]
 Run = Callable[..., Done]
 
 
-def run_alone(script: str, *words: object, cwd: Path) -> Done:
-    """A script in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, str(SCRIPTS / script), *map(str, words)],
-        cwd=cwd,
-        env=ENVIRONMENT,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=300,
-    )
-    return Done(done.returncode, done.stdout, done.stderr)
-
-
 @pytest.fixture(scope="module")
 def run(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Runs a script with these words in an empty folder."""
@@ -80,10 +67,10 @@ def datasets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def first(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
-    """A run from start to end in a process of its own, its data given by a relative path; and how it ended."""
+def first(server: Server, datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
+    """A run from start to end, its data given by a relative path; and how it ended."""
     folder = tmp_path_factory.mktemp("runs") / "first"
-    return folder, run_alone(TRAIN, "--dataset", "small.npz", "--run-dir", folder, *SMALL, cwd=datasets)
+    return folder, server.run(TRAIN, "--dataset", "small.npz", "--run-dir", folder, *SMALL, cwd=datasets)
 
 
 @pytest.fixture
@@ -207,8 +194,8 @@ def test_an_evaluation_changes_its_own_files_alone(first: tuple[Path, Done], cop
 
 
 @pytest.mark.thorough
-def test_a_finished_run_says_so_and_is_left_as_it_is(first: tuple[Path, Done], copy: Path, tmp_path: Path) -> None:
-    done = run_alone(TRAIN, "--resume", copy, cwd=tmp_path)
+def test_a_finished_run_says_so_and_is_left_as_it_is(first: tuple[Path, Done], copy: Path, run: Run) -> None:
+    done = run(TRAIN, "--resume", copy)
     assert (done.code, done.err) == (0, "")
     assert done.out == f"{copy} is finished: 2 epochs, evaluated and drawn. --epochs extends it.\n"
     assert contents(copy) == contents(first[0])

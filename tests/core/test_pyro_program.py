@@ -137,7 +137,7 @@ def test_training_finds_the_maximum_likelihood_within_its_constraints():
     x = images(400)
     program = of_functions()
     pyro.set_rng_seed(0)
-    fit(program, x, epochs=300, optimizer=Optimizer(learning_rate=0.02), objective=STL(4))
+    fit(program, x, epochs=150, optimizer=Optimizer(learning_rate=0.03), objective=STL(4))
     loc, log_scale = nn.Parameter(torch.zeros(D).double()), nn.Parameter(torch.zeros(D).double())
     adam = torch.optim.LBFGS([loc, log_scale], max_iter=200)
 

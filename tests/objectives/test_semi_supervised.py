@@ -169,9 +169,9 @@ def test_a_training_finds_classes_that_few_labels_name():
     fit(
         vae,
         records,
-        epochs=40,
+        epochs=15,
         objective=SemiSupervisedELBO(label_weight=20.0),
-        optimizer=Optimizer(learning_rate=1e-2),
+        optimizer=Optimizer(learning_rate=2e-2),
         schedule=Schedule(batch_size=50),
     )
     assert (vae.classifier(x).logits.argmax(-1) == truth).float().mean() > 0.95

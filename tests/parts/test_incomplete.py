@@ -106,9 +106,9 @@ def test_the_bound_of_an_encoder_is_log_p_with_many_particles_and_below_it_with_
     with torch.no_grad():
         vae.posterior.net.net.output.weight.mul_(0.1)
     torch.manual_seed(0)
-    many = importance(vae.model, vae.guide, x, num_particles=50_000)
+    many = importance(vae.model, vae.guide, x, num_particles=20_000)
     assert ((many.log_evidence - exact_log_evidence(oracle, x)).abs() < 5 * many.monte_carlo_stderr).all()
-    few = torch.stack([log_evidence(vae.model, vae.guide, x, num_particles=2) for _ in range(500)])
+    few = torch.stack([log_evidence(vae.model, vae.guide, x, num_particles=2) for _ in range(200)])
     assert (few.mean(0) < exact_log_evidence(oracle, x)).all()
 
 

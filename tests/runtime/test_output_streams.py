@@ -84,7 +84,6 @@ def trained(tmp_path_factory):
     return folder / "run", subprocess.run(command, env=os.environ | settings, capture_output=True, timeout=300)
 
 
-@pytest.mark.thorough
 def test_a_log_has_a_line_for_each_epoch_and_no_bar_whatever_the_backend_of_a_notebook(trained):
     folder, done = trained
     assert done.returncode == 0

@@ -307,7 +307,7 @@ def test_the_linear_vae_reaches_the_maximum_likelihood_of_probabilistic_pca():
     fit(
         vae,
         x,
-        epochs=400,
+        epochs=200,
         batch_size=100,
         learning_rate=0.02,
         transform=lambda values, generator: values,

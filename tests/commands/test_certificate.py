@@ -105,13 +105,13 @@ def certified(bars_run: Path, other_bars: Path, tmp_path_factory: pytest.TempPat
 # --- What is written ---
 
 
-def test_every_number_of_the_entry_is_known(certified: Certified) -> None:
+def test_every_number_of_the_entry_is_known(certified):
     stored = runs.read_evaluations(certified[0])["certificate-test"]
     unknown = [path for path, value in numbers(stored) if value is None and not UNKNOWN & set(path.split("/"))]
     assert unknown == []
 
 
-def test_the_bounds_agree_with_the_integral_over_z(certified: Certified) -> None:
+def test_the_bounds_agree_with_the_integral_over_z(certified):
     folder, entry, _ = certified
     vae = load(folder).double()
     x = data.evaluation_images(data.load(runs.read_json(folder / runs.CONFIG)["options"]["dataset"]), "test", "none")
@@ -122,32 +122,32 @@ def test_the_bounds_agree_with_the_integral_over_z(certified: Certified) -> None
         assert abs(found["mean"] - exact) < 4 * found["monte_carlo_stderr"] + 2 * found["bias"], name
 
 
-def test_the_upper_bound_is_above_the_lower_one_within_their_errors(certified: Certified) -> None:
+def test_the_upper_bound_is_above_the_lower_one_within_their_errors(certified):
     found = certified[1]["simulated"]
     error = found["lower"]["monte_carlo_stderr"] + found["gap"]["stderr"]
     assert -4 * error < found["gap"]["mean"] < 4 * error + 0.5
 
 
-def test_the_total_gap_is_the_bound_minus_the_elbo(certified: Certified) -> None:
+def test_the_total_gap_is_the_bound_minus_the_elbo(certified):
     """Also of one of several layers, whose gap is not split in two."""
     entry = certified[1]
     expected = entry["ais"]["mean"] - entry["importance"]["elbo"]["mean"]
     assert entry["total_gap"]["mean"] == pytest.approx(expected)
 
 
-def test_the_parts_of_the_gap_sum_to_it(certified: Certified) -> None:
+def test_the_parts_of_the_gap_sum_to_it(certified):
     for found in certified[1]["gaps"].values():
         total = found["approximation"]["mean"] + found["amortization"]["mean"]
         assert total == pytest.approx(found["log_evidence"]["mean"] - found["elbo"]["mean"])
 
 
-def test_noise_is_scored_lower_than_the_runs_own_images(certified: Certified) -> None:
+def test_noise_is_scored_lower_than_the_runs_own_images(certified):
     found = certified[1]["against"]
     assert found["auroc_of_density"]["mean"] > 0.9
     assert found["other"]["mean"] < found["own"]["mean"]
 
 
-def test_the_evaluations_and_the_weights_stay_as_they_were(bars_run: Path, certified: Certified) -> None:
+def test_the_evaluations_and_the_weights_stay_as_they_were(bars_run, certified):
     before, after = runs.read_evaluations(bars_run), runs.read_evaluations(certified[0])
     assert after.keys() - before.keys() == {"certificate-test"}
     assert before.items() <= after.items()
@@ -180,8 +180,8 @@ def interrupted_after(folder: Path, calls: int, name: str, monkeypatch: pytest.M
 @pytest.mark.usefixtures("no_figures")
 @pytest.mark.parametrize(("calls", "name"), [(2, "lower"), (1, "upper"), (8, "lower")])
 def test_an_interrupted_certificate_ends_with_the_numbers_of_an_undisturbed_one(
-    copy: Path, tmp_path: Path, calls: int, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    copy, tmp_path, calls, name, monkeypatch
+):
     undisturbed = Path(shutil.copytree(copy, tmp_path / "undisturbed"))
     expected = certify(undisturbed, **LITTLE)
     interrupted_after(copy, calls, name, monkeypatch)
@@ -197,7 +197,7 @@ def test_an_interrupted_certificate_ends_with_the_numbers_of_an_undisturbed_one(
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_finished_blocks_are_not_measured_again(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_blocks_are_not_measured_again(copy, monkeypatch):
     """7 images in blocks of 3 are 3 blocks, of which 2 are done."""
     interrupted_after(copy, 2, "lower", monkeypatch)
     whole, sizes = ais.lower, []
@@ -219,7 +219,7 @@ BRIEF = LITTLE | {"images": 3, "simulated": 2, "gap_images": 0, "simulations": 0
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_a_compiled_certificate_has_the_same_numbers(copy: Path, tmp_path: Path, graphs: list[Any]) -> None:
+def test_a_compiled_certificate_has_the_same_numbers(copy, tmp_path, graphs):
     eager = certify(Path(shutil.copytree(copy, tmp_path / "eager")), **BRIEF)
     assert graphs == []
     compiled = certify(copy, **(BRIEF | {"compile": "on"}))
@@ -241,11 +241,11 @@ def refused(folder: Path, words: str, **options: Any) -> None:
     assert contents(folder) == before
 
 
-def test_another_data_set_of_another_shape_is_refused(copy: Path) -> None:
+def test_another_data_set_of_another_shape_is_refused(copy):
     refused(copy, r"--against mnist: expected images of shape \(1, 8, 8\), got \(1, 28, 28\)", against="mnist")
 
 
-def test_an_autoencoder_is_refused(tmp_path: Path) -> None:
+def test_an_autoencoder_is_refused(tmp_path):
     options = replace(SMALL, dataset=str(save_bars(tmp_path / "bars.npz")), posterior="delta", beta=0.0)
     refused(train_small(tmp_path / "run", options), "got an autoencoder")
 
@@ -254,7 +254,7 @@ def test_an_autoencoder_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("words", [{"prior": "flow"}, {"upper_latents": (2,)}, {"posterior": "full"}], ids=str)
-def test_runs_of_other_parts_are_certified(tmp_path: Path, words: dict[str, Any]) -> None:
+def test_runs_of_other_parts_are_certified(tmp_path, words):
     dataset = str(save_bars(tmp_path / "bars.npz"))
     options = Options(
         **(PLAIN | {"hidden": (8,), "latent_dim": 2, "epochs": 1, "network": "mlp", "images": 10} | words)

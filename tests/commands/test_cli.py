@@ -57,7 +57,7 @@ print("IMPORTED", code, slow)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_help_answers_without_torch(script: Path) -> None:
+def test_help_answers_without_torch(script):
     done = subprocess.run(
         [sys.executable, "-c", IMPORTED, str(script), "--help"], capture_output=True, text=True, timeout=60, check=True
     )
@@ -65,14 +65,14 @@ def test_help_answers_without_torch(script: Path) -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_all_names_every_option(capsys: pytest.CaptureFixture[str], command: str) -> None:
+def test_help_all_names_every_option(capsys, command):
     specs = [spec for spec in iterate_fields(COMMANDS[command].options) if not spec.metadata["positional"]]
     flag = "--help-all" if any(spec.metadata["rare"] for spec in specs) else "--help"
     shown = read_help(capsys, command, flag)
     assert all(f"{format_flag(spec.name)} " in shown or f"{format_flag(spec.name)}\n" in shown for spec in specs)
 
 
-def test_the_help_of_train_fits_on_two_screens_and_shows_the_choices(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_help_of_train_fits_on_two_screens_and_shows_the_choices(capsys):
     shown = read_help(capsys, "train", "--help")
     assert len(shown.splitlines()) <= 100
     assert "{" + ",".join(PRIORS) + "}" in shown
@@ -81,7 +81,7 @@ def test_the_help_of_train_fits_on_two_screens_and_shows_the_choices(capsys: pyt
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_an_unknown_option_ends_a_script_with_code_2_and_one_line(script: Path) -> None:
+def test_an_unknown_option_ends_a_script_with_code_2_and_one_line(script):
     done = subprocess.run([sys.executable, str(script), "run", "--sparkle"], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (2, "")
     assert len(done.stderr.splitlines()) == 1
@@ -98,16 +98,14 @@ def test_an_unknown_option_ends_a_script_with_code_2_and_one_line(script: Path) 
     ],
     ids=str,
 )
-def test_a_mistyped_word_gets_a_suggestion(
-    capsys: pytest.CaptureFixture[str], words: list[str], suggestion: str
-) -> None:
+def test_a_mistyped_word_gets_a_suggestion(capsys, words, suggestion):
     assert f"did you mean {suggestion}?" in refuse(capsys, "train", words)
 
 
 # --- From words to options ---
 
 
-def test_every_option_of_train_survives_the_command_line() -> None:
+def test_every_option_of_train_survives_the_command_line():
     changed = Options(dataset="own.npz", image_size=(28, 20), hidden=(7, 5, 3), beta=0.1, seed=2**31 - 1, color="rgb")
     words: list[str] = []
     for name, value in to_json(changed).items():
@@ -119,7 +117,7 @@ def test_every_option_of_train_survives_the_command_line() -> None:
 # --- Config files ---
 
 
-def test_a_config_file_gives_options_and_the_command_line_wins(tmp_path: Path) -> None:
+def test_a_config_file_gives_options_and_the_command_line_wins(tmp_path):
     file = tmp_path / "run.toml"
     file.write_text("epochs = 3\n[model]\nhidden = [7, 5]\nlatent-dim = 2\n[objective]\nbeta = 4\n")
     asked = parse(TRAIN, ["--config", str(file), "--epochs", "9"]).options
@@ -135,9 +133,7 @@ def test_a_config_file_gives_options_and_the_command_line_wins(tmp_path: Path) -
         ("epochs = ", "cannot be read"),
     ],
 )
-def test_a_wrong_config_file_is_refused_in_one_line(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str, expected: str
-) -> None:
+def test_a_wrong_config_file_is_refused_in_one_line(capsys, tmp_path, text, expected):
     file = tmp_path / "run.toml"
     file.write_text(text)
     assert expected in refuse(capsys, "train", ["--config", str(file)])
@@ -173,12 +169,12 @@ REFUSED_WORDS = {
 BAD_WORDS = {name: words for names, words in REFUSED_WORDS.items() for name in names.split()}
 
 
-def test_every_option_is_refused_something() -> None:
+def test_every_option_is_refused_something():
     assert set(BAD_WORDS) == {spec.name for spec in fields(Options)}
 
 
 @pytest.mark.parametrize("name", BAD_WORDS)
-def test_a_value_out_of_range_is_refused_in_one_line(capsys: pytest.CaptureFixture[str], name: str) -> None:
+def test_a_value_out_of_range_is_refused_in_one_line(capsys, name):
     for word in BAD_WORDS[name]:
         line = refuse(capsys, "train", [f"{format_flag(name)}={word}"])
         assert line.startswith(f"error: {format_flag(name)}: expected ")
@@ -186,7 +182,7 @@ def test_a_value_out_of_range_is_refused_in_one_line(capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize("command", [name for name, found in COMMANDS.items() if name != "train"])
-def test_every_option_of_every_command_is_checked(capsys: pytest.CaptureFixture[str], command: str) -> None:
+def test_every_option_of_every_command_is_checked(capsys, command):
     arguments = ["run", "other"]
     positional = [spec for spec in iterate_fields(COMMANDS[command].options) if spec.metadata["positional"]]
     for spec in iterate_fields(COMMANDS[command].options):
@@ -200,7 +196,7 @@ def test_every_option_of_every_command_is_checked(capsys: pytest.CaptureFixture[
     "words",
     ["--latent 3", "--sparkle", "stray", "--epochs", "--hidden", "--hidden 3 x", "--hidden 300,300", "--resume"],
 )
-def test_a_wrong_command_line_is_refused_in_one_line(capsys: pytest.CaptureFixture[str], words: str) -> None:
+def test_a_wrong_command_line_is_refused_in_one_line(capsys, words):
     refuse(capsys, "train", words.split())
 
 
@@ -214,18 +210,18 @@ RUN_COMMANDS = [
 
 
 @pytest.mark.parametrize("command", RUN_COMMANDS)
-def test_a_missing_run_folder_is_refused_in_one_line(capsys: pytest.CaptureFixture[str], command: str) -> None:
+def test_a_missing_run_folder_is_refused_in_one_line(capsys, command):
     assert "RUN" in refuse(capsys, command, [])
 
 
 @pytest.mark.parametrize("command", [name for name in RUN_COMMANDS if name != "export"])
-def test_every_command_of_a_run_accepts_moved_data(command: str) -> None:
+def test_every_command_of_a_run_accepts_moved_data(command):
     run = ["run", "other"] if command in ("encode", "impute", "compare") else ["run"]
     asked = parse(COMMANDS[command], [*run, "--dataset", "moved.npz", "--data-dir", "there"])
     assert (asked.dataset, asked.data_dir) == ("moved.npz", "there")
 
 
-def test_a_command_is_checked_from_python_too() -> None:
+def test_a_command_is_checked_from_python_too():
     with pytest.raises(ValueError, match="--num-particles: expected a whole number, at least 1, got 0"):
         Evaluate("run", num_particles=0)
 
@@ -243,7 +239,7 @@ def test_a_command_is_checked_from_python_too() -> None:
     ],
     ids=str,
 )
-def test_resume_takes_what_may_change(words: list[str], changes: dict[str, Any]) -> None:
+def test_resume_takes_what_may_change(words, changes):
     asked = parse(TRAIN, ["--resume", "runs/x", *words])
     assert (asked.resume, asked.changes) == ("runs/x", changes)
 
@@ -268,7 +264,7 @@ EXAMPLES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", [*FIXED, "run_dir"])
-def test_resume_refuses_every_other_option(capsys: pytest.CaptureFixture[str], name: str) -> None:
+def test_resume_refuses_every_other_option(capsys, name):
     """Even with the value that the run has: a run keeps its own options."""
     given = EXAMPLES.get(name, FIXED.get(name, "runs/y"))
     values = given if isinstance(given, tuple) else (given,)
@@ -277,7 +273,7 @@ def test_resume_refuses_every_other_option(capsys: pytest.CaptureFixture[str], n
     assert f"got {format_flag(name)} " in line
 
 
-def test_a_leading_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_leading_tilde_is_the_home_folder(monkeypatch, tmp_path):
     """A shell expands it in `--dataset ~/x`, and not in `--dataset=~/x` or in a file."""
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "run.toml").write_text('data-dir = "~/sets"')

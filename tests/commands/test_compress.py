@@ -44,7 +44,7 @@ def decompress_refused(path: Path, tmp_path: Path, match: str, **options: str) -
     assert not [*tmp_path.glob("*.npy"), *tmp_path.glob(".*")]
 
 
-def test_images_come_back_in_another_process(bars_run: Path, coded: Path, tmp_path: Path) -> None:
+def test_images_come_back_in_another_process(bars_run, coded, tmp_path):
     script = Path(__file__).parents[2] / "scripts" / "decompress.py"
     words = [sys.executable, str(script), str(coded), "--output", str(tmp_path / "images.npy")]
     done = subprocess.run(words, env=os.environ | {"OMP_NUM_THREADS": "2"}, capture_output=True, text=True, timeout=300)
@@ -53,7 +53,7 @@ def test_images_come_back_in_another_process(bars_run: Path, coded: Path, tmp_pa
     assert np.array_equal(np.load(tmp_path / "images.npy"), images(bars_run))
 
 
-def test_the_rate_counts_every_byte_of_the_file(coded: Path) -> None:
+def test_the_rate_counts_every_byte_of_the_file(coded):
     found = runs.read_json(coded.with_name("bars.bits.json"))
     assert found["num_bytes"] == coded.stat().st_size
     expected = 8 * (coded.stat().st_size - found["initial_bytes"]) / (40 * 64)
@@ -64,7 +64,7 @@ def test_the_rate_counts_every_byte_of_the_file(coded: Path) -> None:
 
 
 @pytest.mark.parametrize("place", [0, 20, 60, 200, -1])
-def test_a_damaged_file_is_refused(coded: Path, tmp_path: Path, place: int) -> None:
+def test_a_damaged_file_is_refused(coded, tmp_path, place):
     content = bytearray(coded.read_bytes())
     content[place] ^= 1
     (tmp_path / "damaged").write_bytes(content)
@@ -72,12 +72,12 @@ def test_a_damaged_file_is_refused(coded: Path, tmp_path: Path, place: int) -> N
 
 
 @pytest.mark.parametrize("size", [0, 10, 40, -4])
-def test_a_file_that_is_cut_off_is_refused(coded: Path, tmp_path: Path, size: int) -> None:
+def test_a_file_that_is_cut_off_is_refused(coded, tmp_path, size):
     (tmp_path / "cut").write_bytes(coded.read_bytes()[:size])
     decompress_refused(tmp_path / "cut", tmp_path, "cut off|expected a file of compressed images")
 
 
-def test_other_weights_are_refused(bars_run: Path, coded: Path, tmp_path: Path) -> None:
+def test_other_weights_are_refused(bars_run, coded, tmp_path):
     other = shutil.copytree(bars_run, tmp_path / "other")
     weights = {name: w + 1 if w.is_floating_point() else w for name, w in load(bars_run).state_dict().items()}
     runs.save_tensors(other / runs.MODEL, weights, {"step": 1})
@@ -85,16 +85,14 @@ def test_other_weights_are_refused(bars_run: Path, coded: Path, tmp_path: Path) 
         commands.decompress_file(Decompress(str(coded), run_dir=str(other)), say=silent)
 
 
-def test_a_machine_that_computes_other_numbers_is_detected(
-    coded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_machine_that_computes_other_numbers_is_detected(coded, tmp_path, monkeypatch):
     """As a processor would whose networks differ in the last bit."""
     before = torch.nn.functional.linear
     monkeypatch.setattr(torch.nn.functional, "linear", lambda *args: before(*args) * (1 + 2**-22))
     decompress_refused(coded, tmp_path, "computes other numbers from the same weights")
 
 
-def test_a_density_is_refused(tmp_path: Path) -> None:
+def test_a_density_is_refused(tmp_path):
     np.save(tmp_path / "table.npy", np.random.default_rng(0).normal(size=(60, 3)).astype(np.float32))
     table = Options(dataset=str(tmp_path / "table.npy"), likelihood="normal", hidden=(4,), latent_dim=2, epochs=1)
     small = replace(table, images=5, evaluation_particles=5, batch_size=20)
@@ -104,9 +102,7 @@ def test_a_density_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists()
 
 
-def test_a_place_that_cannot_be_written_to_is_refused_before_the_work(
-    bars_run: Path, coded: Path, tmp_path: Path
-) -> None:
+def test_a_place_that_cannot_be_written_to_is_refused_before_the_work(bars_run, coded, tmp_path):
     for output in (str(tmp_path / "missing" / "x"), str(tmp_path)):
         with pytest.raises(ValueError, match="--output: expected a file in a folder that exists"):
             commands.compress_run(Compress(str(bars_run), output=output), say=silent)
@@ -114,14 +110,14 @@ def test_a_place_that_cannot_be_written_to_is_refused_before_the_work(
             commands.decompress_file(Decompress(str(coded), output=output), say=silent)
 
 
-def test_one_image_comes_back(bars_run: Path, tmp_path: Path) -> None:
+def test_one_image_comes_back(bars_run, tmp_path):
     commands.compress_run(Compress(str(bars_run), images=1, num_particles=4, output=str(tmp_path / "one")), say=silent)
     commands.decompress_file(Decompress(str(tmp_path / "one")), say=silent)
     found = np.load(tmp_path / "one.npy")
     assert any(np.array_equal(found[0], image) for image in images(bars_run))
 
 
-def test_other_formats_hold_the_same_images(tmp_path: Path) -> None:
+def test_other_formats_hold_the_same_images(tmp_path):
     """A constant image takes next to nothing, and noise takes at least its entropy."""
     noise = torch.randint(0, 256, (100, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     for name, size in commands.measure_other_formats(noise).items():

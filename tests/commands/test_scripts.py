@@ -99,7 +99,7 @@ def pictures(folder: Path) -> dict[str, np.ndarray]:
 # --- A run ---
 
 
-def test_a_run_leaves_the_files_of_a_run_folder(first: tuple[Path, Done]) -> None:
+def test_a_run_leaves_the_files_of_a_run_folder(first):
     folder, done = first
     assert (done.code, done.said) == (0, [])
     assert f"--resume {folder} goes on" in done.out
@@ -119,7 +119,7 @@ def test_a_run_leaves_the_files_of_a_run_folder(first: tuple[Path, Done]) -> Non
     assert [(record["step"], record["epoch"]) for record in records(folder)] == [(3, 1), (6, 2)]
 
 
-def test_config_holds_what_was_asked_for_and_leaves_no_choice_open(first: tuple[Path, Done], datasets: Path) -> None:
+def test_config_holds_what_was_asked_for_and_leaves_no_choice_open(first, datasets):
     """Only options that a file of arrays has no use for, or that are absent by default, are null."""
     options = read(first[0] / "config.json")["options"]
     asked = {"hidden": [16], "latent_dim": 2, "epochs": 2, "images": 20, "evaluation_particles": 10}
@@ -131,7 +131,7 @@ def test_config_holds_what_was_asked_for_and_leaves_no_choice_open(first: tuple[
 
 
 @pytest.mark.parametrize("name", [*IMAGE_FIGURES, *TABLE_FIGURES])
-def test_a_figure_shows_something(first: tuple[Path, Done], name: str) -> None:
+def test_a_figure_shows_something(first, name):
     assert pictures(first[0])[name].std() > 0.01
 
 
@@ -149,9 +149,7 @@ def evaluated(
 
 
 @pytest.mark.thorough
-def test_the_log_likelihood_that_is_written_is_the_integral_over_z(
-    evaluated: tuple[Path, dict[str, Any], Done], datasets: Path
-) -> None:
+def test_the_log_likelihood_that_is_written_is_the_integral_over_z(evaluated, datasets):
     """log p(x) = log int N(z; 0, I) p(x | z) dz by the midpoint rule over two dimensions, on the published draw."""
     folder, entry, _ = evaluated
     stream = np.random.RandomState(777)
@@ -174,7 +172,7 @@ def test_the_log_likelihood_that_is_written_is_the_integral_over_z(
 
 
 @pytest.mark.thorough
-def test_an_evaluation_of_another_split_replaces_only_its_own_key(copy: Path, run: Run) -> None:
+def test_an_evaluation_of_another_split_replaces_only_its_own_key(copy, run):
     before = read(copy / "evaluation.json")
     for particles in (5, 7):
         assert run(EVALUATE, copy, "--split", "validation", "--num-particles", particles).code == 0
@@ -185,7 +183,7 @@ def test_an_evaluation_of_another_split_replaces_only_its_own_key(copy: Path, ru
 
 
 @pytest.mark.thorough
-def test_an_evaluation_changes_its_own_files_alone(first: tuple[Path, Done], copy: Path, run: Run) -> None:
+def test_an_evaluation_changes_its_own_files_alone(first, copy, run):
     run(EVALUATE, copy, "--num-particles", "7")
     assert contents(copy, but=EVALUATION) == contents(first[0], but=EVALUATION)
 
@@ -194,7 +192,7 @@ def test_an_evaluation_changes_its_own_files_alone(first: tuple[Path, Done], cop
 
 
 @pytest.mark.thorough
-def test_a_finished_run_says_so_and_is_left_as_it_is(first: tuple[Path, Done], copy: Path, run: Run) -> None:
+def test_a_finished_run_says_so_and_is_left_as_it_is(first, copy, run):
     done = run(TRAIN, "--resume", copy)
     assert (done.code, done.err) == (0, "")
     assert done.out == f"{copy} is finished: 2 epochs, evaluated and drawn. --epochs extends it.\n"
@@ -209,24 +207,20 @@ def extended(first: tuple[Path, Done], run: Run, tmp_path_factory: pytest.TempPa
 
 
 @pytest.mark.thorough
-def test_an_extended_run_keeps_what_it_had_and_goes_on(first: tuple[Path, Done], extended: tuple[Path, Done]) -> None:
+def test_an_extended_run_keeps_what_it_had_and_goes_on(first, extended):
     assert records(extended[0])[:2] == records(first[0])
     assert [record["step"] for record in records(extended[0])] == [3, 6, 9, 12]
 
 
 @pytest.mark.thorough
-def test_an_extended_run_has_its_new_epochs_in_its_config(
-    first: tuple[Path, Done], extended: tuple[Path, Done]
-) -> None:
+def test_an_extended_run_has_its_new_epochs_in_its_config(first, extended):
     expected = read(first[0] / "config.json")
     expected["options"]["epochs"] = 4
     assert read(extended[0] / "config.json") == expected
 
 
 @pytest.mark.thorough
-def test_a_run_killed_before_its_evaluation_is_evaluated_without_training(
-    first: tuple[Path, Done], copy: Path, run: Run
-) -> None:
+def test_a_run_killed_before_its_evaluation_is_evaluated_without_training(first, copy, run):
     for name in EVALUATION:
         (copy / name).unlink()
     done = run(TRAIN, "--resume", copy)
@@ -249,9 +243,7 @@ def same_as_uninterrupted(folder: Path, whole: Path) -> None:
 
 
 @pytest.mark.thorough
-def test_a_run_killed_before_its_first_checkpoint_starts_from_step_0(
-    first: tuple[Path, Done], copy: Path, run: Run
-) -> None:
+def test_a_run_killed_before_its_first_checkpoint_starts_from_step_0(first, copy, run):
     for path in copy.iterdir():
         if path.name not in ("config.json", "environment.json"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -276,8 +268,8 @@ def uninterrupted(datasets: Path, run: Run, tmp_path_factory: pytest.TempPathFac
 @pytest.mark.thorough
 @pytest.mark.parametrize("files", range(1, 11))
 def test_a_run_killed_once_any_number_of_its_files_is_in_place_goes_on_as_if_it_was_not(
-    uninterrupted: Path, datasets: Path, run: Run, tmp_path: Path, files: int
-) -> None:
+    uninterrupted, datasets, run, tmp_path, files
+):
     """Config, environment, metrics, two checkpoints of two files each, the older one's new name, evaluation, figure."""
     words = ["--dataset", datasets / "gray.npy", "--run-dir", tmp_path / "run", *LEARNS]
     assert run(TRAIN, *words, dies_after=files).code == 9
@@ -287,7 +279,7 @@ def test_a_run_killed_once_any_number_of_its_files_is_in_place_goes_on_as_if_it_
 
 
 @pytest.mark.thorough
-def test_an_interrupted_run_stops_without_a_traceback_and_has_its_weights(datasets: Path, tmp_path: Path) -> None:
+def test_an_interrupted_run_stops_without_a_traceback_and_has_its_weights(datasets, tmp_path):
     words = ["--dataset", "bits.npy", "--run-dir", str(tmp_path / "run"), *SMALL, "--epochs", "1000000"]
     with subprocess.Popen(
         [sys.executable, str(SCRIPTS / TRAIN), *words],
@@ -393,7 +385,7 @@ def words(command: str, folder: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("what", "command"), [(what, command) for what, (_, commands, _) in BAD_RUNS.items() for command in commands]
 )
-def test_a_bad_run_folder_is_refused_in_one_line(copy: Path, run: Run, what: str, command: str) -> None:
+def test_a_bad_run_folder_is_refused_in_one_line(copy, run, what, command):
     damage, _, message = BAD_RUNS[what]
     damage(copy)
     assert re.search(message, refusal(run(*words(command, copy))))
@@ -401,9 +393,7 @@ def test_a_bad_run_folder_is_refused_in_one_line(copy: Path, run: Run, what: str
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("command", EVERY)
-def test_data_that_has_changed_since_training_is_refused(
-    copy: Path, run: Run, datasets: Path, tmp_path: Path, command: str
-) -> None:
+def test_data_that_has_changed_since_training_is_refused(copy, run, datasets, tmp_path, command):
     with np.load(datasets / "small.npz") as arrays:
         changed = {name: arrays[name].copy() for name in arrays.files}
     changed["test"][0, 0, 0] ^= 1
@@ -419,15 +409,13 @@ DEVICES = ["cuda:99", "gpu", "meta", "hpu", "privateuseone", "CPU"]
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_device_that_is_not_here_is_refused_before_a_folder_is_made(
-    datasets: Path, run: Run, tmp_path: Path, device: str
-) -> None:
+def test_a_device_that_is_not_here_is_refused_before_a_folder_is_made(datasets, run, tmp_path, device):
     done = run(TRAIN, "--dataset", datasets / "small.npz", "--run-dir", tmp_path / "run", "--device", device)
     assert "error: --device: expected a device" in refusal(done)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_training_that_diverges_ends_in_one_line(datasets: Path, run: Run, tmp_path: Path) -> None:
+def test_a_training_that_diverges_ends_in_one_line(datasets, run, tmp_path):
     done = run(
         TRAIN, "--dataset", datasets / "small.npz", "--run-dir", tmp_path / "run", *SMALL, "--learning-rate", "1e30"
     )

@@ -51,7 +51,7 @@ def run(asked: Callable[..., Options], tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.mark.thorough
-def test_the_figures_of_a_run_are_pictures_among_its_events(asked: Callable[..., Options], tmp_path: Path) -> None:
+def test_the_figures_of_a_run_are_pictures_among_its_events(asked, tmp_path):
     folder = train_run(asked(epochs=1), str(tmp_path / "a"), say=silent)
     events = EventAccumulator(str(folder / tensorboard.EVENTS))
     events.Reload()
@@ -60,11 +60,11 @@ def test_the_figures_of_a_run_are_pictures_among_its_events(asked: Callable[...,
 
 
 @pytest.mark.parametrize("name", ["train_loss_nats_per_image", "validation_elbo_nats_per_image", "beta", "seconds"])
-def test_events_are_the_records_of_the_metrics(run: Path, name: str) -> None:
+def test_events_are_the_records_of_the_metrics(run, name):
     assert scalars(run)[name] == pytest.approx(records(run, name), rel=1e-6)
 
 
-def test_a_resumed_run_has_each_step_once(asked: Callable[..., Options], tmp_path: Path) -> None:
+def test_a_resumed_run_has_each_step_once(asked, tmp_path):
     folder = train_run(asked(), str(tmp_path / "a"), say=silent, draw=False)
     with tensorboard.open_events(folder, asked(), step=9) as log:  # of a process that was killed before its checkpoint
         log({"step": 12, "train_loss_nats_per_image": 1e6, "beta": 1.0})
@@ -74,14 +74,12 @@ def test_a_resumed_run_has_each_step_once(asked: Callable[..., Options], tmp_pat
     assert scalars(folder)[name] == pytest.approx(records(folder, name), rel=1e-6)
 
 
-def test_events_change_no_weight(run: Path, asked: Callable[..., Options], tmp_path: Path) -> None:
+def test_events_change_no_weight(run, asked, tmp_path):
     other = train_run(asked(tensorboard="off"), str(tmp_path / "a"), say=silent, draw=False)
     assert (other / runs.MODEL).read_bytes() == (run / runs.MODEL).read_bytes()
 
 
-def test_without_the_package_nothing_is_written(
-    asked: Callable[..., Options], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_the_package_nothing_is_written(asked, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ValueError, match=r"--tensorboard on: expected the package tensorboard.*pip install"):
         train_run(asked(), str(tmp_path / "a"), say=silent)

@@ -99,7 +99,7 @@ def split_as_documented(array: np.ndarray, dtype: type) -> dict[str, np.ndarray]
 
 
 @pytest.mark.parametrize("what", FILES)
-def test_a_file_is_what_numpy_reads_of_it_with_its_kind(tmp_path: Path, size: str, what: str) -> None:
+def test_a_file_is_what_numpy_reads_of_it_with_its_kind(tmp_path, size, what):
     array, kind, dtype = FILES[what]
     for _ in range(2):  # a large file comes from the cache the second time
         read = load(tmp_path, array) if not (tmp_path / "own.npy").exists() else data.load(str(tmp_path / "own.npy"))
@@ -111,7 +111,7 @@ def test_a_file_is_what_numpy_reads_of_it_with_its_kind(tmp_path: Path, size: st
 
 
 @pytest.mark.usefixtures("large")
-def test_a_large_file_is_read_once(tmp_path: Path) -> None:
+def test_a_large_file_is_read_once(tmp_path):
     """A second file of the same size and time in its place goes unseen, so it was not read."""
     path = tmp_path / "own.npy"
     before, status = load(tmp_path, FILES["real values"][0]).train.clone(), path.stat()
@@ -124,7 +124,7 @@ def test_a_large_file_is_read_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["OWN.NPY", "own.Npy", "OWN.NPZ"])
-def test_the_end_of_a_files_name_may_be_upper_case(tmp_path: Path, size: str, name: str) -> None:
+def test_the_end_of_a_files_name_may_be_upper_case(tmp_path, size, name):
     with (tmp_path / name).open("wb") as file:
         np.savez(file, x=NUMBERS) if name.lower().endswith("z") else np.save(file, NUMBERS)
     splits = data.load(str(tmp_path / name))
@@ -134,7 +134,7 @@ def test_the_end_of_a_files_name_may_be_upper_case(tmp_path: Path, size: str, na
 
 
 @pytest.mark.parametrize("split", ["valid", "test"])
-def test_floats_that_are_whole_in_train_alone_are_real_values(tmp_path: Path, split: str) -> None:
+def test_floats_that_are_whole_in_train_alone_are_real_values(tmp_path, split):
     counts = RNG.poisson(4.0, (50, 6)).astype(np.float64)
     assert load(tmp_path, **{"train": counts, split: counts + 0.5}).kind == data.REAL
 
@@ -151,7 +151,7 @@ DOUBTFUL = {  # shape -> E as it is read, and what makes it the other reading
 
 
 @pytest.mark.parametrize("what", DOUBTFUL)
-def test_a_shape_with_two_readings_is_read_with_a_line_on_both(tmp_path: Path, size: str, what: str) -> None:
+def test_a_shape_with_two_readings_is_read_with_a_line_on_both(tmp_path, size, what):
     shape, event_shape, otherwise, other_event_shape = DOUBTFUL[what]
     array = RNG.integers(0, 256, shape, np.uint8)
     load(tmp_path, array)
@@ -168,7 +168,7 @@ def test_a_shape_with_two_readings_is_read_with_a_line_on_both(tmp_path: Path, s
 @pytest.mark.parametrize(
     "shape", [(50, 28, 28), (20, 28, 28), (50, 12), (50, 8, 9, 3), (50, 3, 8, 9), (50, 1, 8, 9), (50, 8, 9, 1)]
 )
-def test_a_shape_with_one_reading_needs_no_line(tmp_path: Path, shape: tuple[int, ...]) -> None:
+def test_a_shape_with_one_reading_needs_no_line(tmp_path, shape):
     assert load(tmp_path, RNG.integers(0, 256, shape, np.uint8)).notes == ()
 
 
@@ -182,7 +182,7 @@ FLOATS = RNG.random((20, 4, 5))
 
 @pytest.mark.parametrize("count", [10, 19, 1000])
 @pytest.mark.parametrize("name", ["arr_0", "images", "train"])
-def test_a_single_array_of_any_name_is_split_by_a_fixed_permutation(tmp_path: Path, name: str, count: int) -> None:
+def test_a_single_array_of_any_name_is_split_by_a_fixed_permutation(tmp_path, name, count):
     np.random.seed(1)  # noqa: NPY002 (the global generator is what must not matter)
     read = load(tmp_path, **{name: number_images(0, count)})
     tenth = count // 10
@@ -197,9 +197,7 @@ def test_a_single_array_of_any_name_is_split_by_a_fixed_permutation(tmp_path: Pa
 
 
 @pytest.mark.parametrize(("given", "missing"), [("test", "validation"), ("valid", "test")])
-def test_a_split_that_the_file_has_is_kept_and_the_other_is_taken_from_train(
-    tmp_path: Path, given: str, missing: str
-) -> None:
+def test_a_split_that_the_file_has_is_kept_and_the_other_is_taken_from_train(tmp_path, given, missing):
     read = load(tmp_path, **{"train": number_images(0, 100), given: number_images(100, 130)})
     kept = read.test if given == "test" else read.validation
     assert read_numbers(kept) == list(range(100, 130))
@@ -224,7 +222,7 @@ STYLES = {
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_usual_names_of_arrays_are_understood_for_training_and_for_further_images(tmp_path: Path, style: str) -> None:
+def test_usual_names_of_arrays_are_understood_for_training_and_for_further_images(tmp_path, style):
     path = str(tmp_path / "own.npz")
     np.savez(path, **STYLES[style])
     splits = data.load(path)
@@ -238,7 +236,7 @@ def test_usual_names_of_arrays_are_understood_for_training_and_for_further_image
     assert any("test" in note for note in further.notes)
 
 
-def test_training_images_alone_are_taken_as_further_images(tmp_path: Path) -> None:
+def test_training_images_alone_are_taken_as_further_images(tmp_path):
     path = str(tmp_path / "own.npz")
     np.savez(path, x_train=NUMBERS, y_train=np.arange(60))
     further = data.load_images(path, data.load(path), "none")
@@ -250,7 +248,7 @@ def test_training_images_alone_are_taken_as_further_images(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("key", ["labels", "y"])
-def test_labels_follow_their_images_through_the_permutation(tmp_path: Path, key: str) -> None:
+def test_labels_follow_their_images_through_the_permutation(tmp_path, key):
     read = load(tmp_path, **{"x": number_images(0, 200), key: np.arange(200, dtype=np.uint8)[:, None]})
     for split in SPLITS:
         assert read.labels[split].tolist() == read_numbers(getattr(read, split))
@@ -259,7 +257,7 @@ def test_labels_follow_their_images_through_the_permutation(tmp_path: Path, key:
 
 
 @pytest.mark.parametrize("labels", [np.arange(49), np.zeros((51, 50)), np.array(["a"] * 49), np.array(1)])
-def test_labels_of_another_number_than_the_images_are_refused(tmp_path: Path, labels: np.ndarray) -> None:
+def test_labels_of_another_number_than_the_images_are_refused(tmp_path, labels):
     with pytest.raises(ValueError, match=r"own.npz: train labels: expected 50 labels, one per image, got shape"):
         load(tmp_path, x=number_images(0, 50), y=labels)
 
@@ -275,7 +273,7 @@ IN_OTHER_FORMS = {
 
 
 @pytest.mark.parametrize("form", IN_OTHER_FORMS)
-def test_labels_in_other_forms_become_class_numbers(tmp_path: Path, form: str) -> None:
+def test_labels_in_other_forms_become_class_numbers(tmp_path, form):
     labels, pattern = IN_OTHER_FORMS[form]
     path = str(tmp_path / "own.npz")
     arrays = {"x_train": NUMBERS[:40], "x_val": NUMBERS[40:50], "x_test": NUMBERS[50:]}
@@ -289,7 +287,7 @@ def test_labels_in_other_forms_become_class_numbers(tmp_path: Path, form: str) -
     assert further.labels.tolist() == found[50:]
 
 
-def test_words_have_the_same_numbers_in_each_split(tmp_path: Path) -> None:
+def test_words_have_the_same_numbers_in_each_split(tmp_path):
     np.savez(
         tmp_path / "own.npz",
         train=NUMBERS[:40],
@@ -314,7 +312,7 @@ UNUSABLE = {
 
 
 @pytest.mark.parametrize("what", UNUSABLE)
-def test_labels_that_are_no_classes_are_left_out_with_a_line(tmp_path: Path, what: str) -> None:
+def test_labels_that_are_no_classes_are_left_out_with_a_line(tmp_path, what):
     path = str(tmp_path / "own.npz")
     np.savez(path, x=NUMBERS, y=UNUSABLE[what])
     splits = data.load(path)
@@ -324,7 +322,7 @@ def test_labels_that_are_no_classes_are_left_out_with_a_line(tmp_path: Path, wha
     assert (further.labels, len(further.notes)) == (None, 1)
 
 
-def test_words_that_are_no_class_of_the_training_data_are_left_out_with_a_line(tmp_path: Path) -> None:
+def test_words_that_are_no_class_of_the_training_data_are_left_out_with_a_line(tmp_path):
     path = str(tmp_path / "own.npz")
     np.savez(path, x=NUMBERS, y=WORDS)
     splits = data.load(path)
@@ -404,14 +402,14 @@ BAD_ARRAYS: dict[str, tuple[np.ndarray, str]] = {
 
 
 @pytest.mark.parametrize("what", BAD_ARRAYS)
-def test_an_array_that_cannot_be_used_is_refused_at_every_size(tmp_path: Path, size: str, what: str) -> None:
+def test_an_array_that_cannot_be_used_is_refused_at_every_size(tmp_path, size, what):
     array, message = BAD_ARRAYS[what]
     with pytest.raises(ValueError, match=f"own.npy: .*{message}"):
         load(tmp_path, array)
 
 
 @pytest.mark.parametrize("noise", [0.0, 1e-16], ids=["exact", "rounded in double precision"])
-def test_a_constant_column_needs_no_resolution(tmp_path: Path, size: str, noise: float) -> None:
+def test_a_constant_column_needs_no_resolution(tmp_path, size, noise):
     constant = 0.3 * (1 + noise * RNG.integers(-2, 3, 400))
     assert load(tmp_path, np.stack([WIDE, constant], 1)).kind == data.REAL
 
@@ -429,14 +427,14 @@ BAD_SPLITS = {
 
 
 @pytest.mark.parametrize("what", BAD_SPLITS)
-def test_splits_that_do_not_belong_together_are_refused(tmp_path: Path, what: str) -> None:
+def test_splits_that_do_not_belong_together_are_refused(tmp_path, what):
     arrays, message = BAD_SPLITS[what]
     with pytest.raises(ValueError, match=f"own.npz: .*{message}"):
         load(tmp_path, **arrays)
 
 
 @pytest.mark.parametrize("what", BAD_FILES)
-def test_a_file_that_cannot_be_read_is_refused_without_advice_to_unpickle(tmp_path: Path, what: str) -> None:
+def test_a_file_that_cannot_be_read_is_refused_without_advice_to_unpickle(tmp_path, what):
     name, content = BAD_FILES[what]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"{name}: not a readable array file") as refused:
@@ -445,7 +443,7 @@ def test_a_file_that_cannot_be_read_is_refused_without_advice_to_unpickle(tmp_pa
     assert ("object" in str(refused.value)) == ("objects" in what)
 
 
-def test_a_pickle_is_never_run(tmp_path: Path) -> None:
+def test_a_pickle_is_never_run(tmp_path):
     class Touches:
         def __reduce__(self) -> tuple:
             return (Path.touch, (tmp_path / "was_run",))
@@ -476,7 +474,7 @@ LIES = {
 
 @pytest.mark.parametrize("container", ["npy", "npz"])
 @pytest.mark.parametrize("lie", LIES)
-def test_an_array_whose_header_lies_is_refused_in_one_line(tmp_path: Path, size: str, lie: str, container: str) -> None:
+def test_an_array_whose_header_lies_is_refused_in_one_line(tmp_path, size, lie, container):
     path = tmp_path / f"own.{container}"
     if container == "npy":
         path.write_bytes(LIES[lie])
@@ -489,9 +487,7 @@ def test_an_array_whose_header_lies_is_refused_in_one_line(tmp_path: Path, size:
     assert "allow_pickle" not in str(refused.value)
 
 
-def test_an_archive_that_expands_beyond_the_limit_is_refused_before_it_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_archive_that_expands_beyond_the_limit_is_refused_before_it_is_read(tmp_path, monkeypatch):
     np.savez_compressed(tmp_path / "own.npz", np.zeros((100, 2**20), np.uint8))
     monkeypatch.setattr(np.lib.npyio.NpzFile, "__getitem__", lambda *_: pytest.fail("it was read"))
     with pytest.raises(ValueError, match=r"its arrays take 104,857,728 bytes, more than 200 times the file"):
@@ -512,7 +508,7 @@ def follow_advice(folder: Path, error: pytest.ExceptionInfo[ValueError], **repla
     return str(written)
 
 
-def test_the_advice_for_a_column_beyond_single_precision_makes_a_file_that_is_read(tmp_path: Path) -> None:
+def test_the_advice_for_a_column_beyond_single_precision_makes_a_file_that_is_read(tmp_path):
     table = np.stack([WIDE, TIMES], 1)
     with pytest.raises(ValueError, match="center them first") as error:
         load(tmp_path, table)
@@ -522,7 +518,7 @@ def test_the_advice_for_a_column_beyond_single_precision_makes_a_file_that_is_re
 
 
 @pytest.mark.parametrize(("name", "delimiter"), [("t.csv", ","), ("t.TSV", "\t"), ("t.txt", " ")])
-def test_the_advice_for_a_table_of_text_makes_a_file_that_is_read(tmp_path: Path, name: str, delimiter: str) -> None:
+def test_the_advice_for_a_table_of_text_makes_a_file_that_is_read(tmp_path, name, delimiter):
     table = RNG.normal(size=(30, 3))
     np.savetxt(tmp_path / name, table, delimiter=delimiter, header="a b c")
     with pytest.raises(ValueError, match=r"expected an \.npz or \.npy file or a folder of images, got") as error:
@@ -531,7 +527,7 @@ def test_the_advice_for_a_table_of_text_makes_a_file_that_is_read(tmp_path: Path
     np.testing.assert_allclose(sort_images(read), table[np.lexsort(table.T)], rtol=1e-6)
 
 
-def test_the_advice_for_an_archive_of_other_names_makes_a_file_that_is_read(tmp_path: Path) -> None:
+def test_the_advice_for_an_archive_of_other_names_makes_a_file_that_is_read(tmp_path):
     """As dSprites has it: images, labels, and a dictionary that only unpickling could read."""
     images = RNG.integers(0, 2, (30, 5, 4), np.uint8)
     others = {"metadata": np.array({"a": 1}, object), "latents_values": np.zeros((30, 6))}

@@ -82,7 +82,7 @@ def entries(kept: Path) -> list[Path]:
 # --- What is kept ---
 
 
-def test_a_folder_is_what_pillow_reads_of_it_decoded_once(own: Path, decoded: list[bytes]) -> None:
+def test_a_folder_is_what_pillow_reads_of_it_decoded_once(own, decoded):
     first, second = data.load(str(own)), data.load(str(own))
     assert len(decoded) == 32
     for read in (first, second):
@@ -97,7 +97,7 @@ def test_a_folder_is_what_pillow_reads_of_it_decoded_once(own: Path, decoded: li
 
 
 @pytest.mark.parametrize("num_threads", [1, 4])
-def test_the_number_of_threads_changes_nothing(own: Path, num_threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_threads_changes_nothing(own, num_threads, monkeypatch):
     monkeypatch.setattr(storage, "count_threads", lambda: num_threads)
     assert_right(data.load(str(own)), own)
 
@@ -126,9 +126,7 @@ def write_as_of_before(path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_folder_of_which_a_file_changed_is_read_again(
-    own: Path, kept: Path, decoded: list[bytes], change: str
-) -> None:
+def test_a_folder_of_which_a_file_changed_is_read_again(own, kept, decoded, change):
     data.load(str(own))
     decoded.clear()
     CHANGES[change](own)
@@ -148,9 +146,7 @@ def flip(path: Path, at: int) -> None:
 
 @pytest.mark.parametrize("name", ["images.npy", "splits.json"])
 @pytest.mark.parametrize("place", [*np.linspace(0, 1, 5, endpoint=False).tolist(), -1])
-def test_a_flipped_bit_is_seen_wherever_it_is(
-    own: Path, kept: Path, capsys: pytest.CaptureFixture[str], place: float, name: str
-) -> None:
+def test_a_flipped_bit_is_seen_wherever_it_is(own, kept, capsys, place, name):
     data.load(str(own))
     file = entries(kept)[0] / name
     capsys.readouterr()
@@ -182,7 +178,7 @@ print(data.load(sys.argv[1]).train.sum().item())
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("most", [100, 1000])
-def test_a_disk_that_is_full_stops_nothing_and_leaves_nothing(own: Path, kept: Path, most: int) -> None:
+def test_a_disk_that_is_full_stops_nothing_and_leaves_nothing(own, kept, most):
     """No file may be longer than 100 bytes (the images as they are read), or 1,000 (these fit, and the entry not)."""
     for path in own.rglob("*.png"):
         if not path.stem.isdigit() or int(path.stem) >= 12:
@@ -216,7 +212,7 @@ data.load(sys.argv[1])
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("where", ["reading", "writing", "renaming"])
-def test_a_process_that_is_killed_leaves_no_wrong_entry(own: Path, kept: Path, where: str) -> None:
+def test_a_process_that_is_killed_leaves_no_wrong_entry(own, kept, where):
     assert run(KILLED, kept, own, where).returncode == -signal.SIGKILL
     assert entries(kept) == []
     assert_right(data.load(str(own)), own)
@@ -224,7 +220,7 @@ def test_a_process_that_is_killed_leaves_no_wrong_entry(own: Path, kept: Path, w
     assert list(kept.glob(".*")) == []
 
 
-def test_two_at_once_read_a_folder_once(own: Path, decoded: list[bytes]) -> None:
+def test_two_at_once_read_a_folder_once(own, decoded):
     read: list[data.Splits] = []
     both = [threading.Thread(target=lambda: read.append(data.load(str(own)))) for _ in range(2)]
     for each in both:
@@ -239,7 +235,7 @@ def test_two_at_once_read_a_folder_once(own: Path, decoded: list[bytes]) -> None
 # --- Bombs ---
 
 
-def test_a_small_file_that_announces_many_pixels_takes_no_memory_for_them(own: Path) -> None:
+def test_a_small_file_that_announces_many_pixels_takes_no_memory_for_them(own):
     buffer = BytesIO()
     Image.new("RGB", (4, 4)).save(buffer, "bmp")
     content = bytearray(buffer.getvalue())

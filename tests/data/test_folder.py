@@ -57,7 +57,7 @@ def all_levels(read: data.Splits) -> list[int]:
     return sorted(levels(torch.cat([read.train, read.validation, read.test])))
 
 
-def test_a_folder_is_split_80_10_10_by_its_names_alone(tmp_path: Path) -> None:
+def test_a_folder_is_split_80_10_10_by_its_names_alone(tmp_path):
     fill(tmp_path / "a", range(50))
     fill(tmp_path / "b", reversed(range(50)))
     read = data.load(str(tmp_path / "a"))
@@ -68,7 +68,7 @@ def test_a_folder_is_split_80_10_10_by_its_names_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("word", ["valid", "validation", "val", "Val"])
-def test_folders_named_as_splits_are_splits(tmp_path: Path, word: str) -> None:
+def test_folders_named_as_splits_are_splits(tmp_path, word):
     for start, folder in ((0, "train"), (20, word), (30, "test")):
         fill(tmp_path / folder, range(start, start + 4))
     read = data.load(str(tmp_path))
@@ -79,7 +79,7 @@ def test_folders_named_as_splits_are_splits(tmp_path: Path, word: str) -> None:
     ]
 
 
-def test_images_beside_a_test_folder_train(tmp_path: Path) -> None:
+def test_images_beside_a_test_folder_train(tmp_path):
     fill(tmp_path / "any", range(20))
     fill(tmp_path / "test", range(100, 103))
     read = data.load(str(tmp_path))
@@ -99,7 +99,7 @@ REFUSED_SPLITS = {
 
 
 @pytest.mark.parametrize("what", REFUSED_SPLITS)
-def test_a_folder_that_cannot_be_split_is_refused(tmp_path: Path, what: str) -> None:
+def test_a_folder_that_cannot_be_split_is_refused(tmp_path, what):
     folders, message = REFUSED_SPLITS[what]
     for name, images in folders.items():
         fill(tmp_path / name, images)
@@ -107,7 +107,7 @@ def test_a_folder_that_cannot_be_split_is_refused(tmp_path: Path, what: str) -> 
         data.load(str(tmp_path))
 
 
-def test_a_split_without_a_readable_image_is_refused(tmp_path: Path) -> None:
+def test_a_split_without_a_readable_image_is_refused(tmp_path):
     fill(tmp_path / "train", range(20))
     write(tmp_path / "test" / "broken.png", b"no image")
     with pytest.raises(ValueError, match="expected at least one image that can be read in test, got none"):
@@ -119,9 +119,7 @@ NEARLY_SPLITS = ["training", "Testing", "tests", "validate", "eval", "dev", "tes
 
 @pytest.mark.parametrize("word", NEARLY_SPLITS)
 @pytest.mark.parametrize("beside", ["train", "ant", "."])
-def test_a_folder_whose_name_is_nearly_a_splits_is_refused_beside_others(
-    tmp_path: Path, word: str, beside: str
-) -> None:
+def test_a_folder_whose_name_is_nearly_a_splits_is_refused_beside_others(tmp_path, word, beside):
     fill(tmp_path / beside, range(20))
     fill(tmp_path / word, range(20))
     known = "train; valid, validation or val; test"
@@ -133,7 +131,7 @@ CLASSES = ["trains", "devices", "testudo", "valley", "bullet_train", "test_tube"
 
 
 @pytest.mark.parametrize("word", CLASSES)
-def test_a_class_whose_name_begins_as_a_splits_is_a_class(tmp_path: Path, word: str) -> None:
+def test_a_class_whose_name_begins_as_a_splits_is_a_class(tmp_path, word):
     for name in ("ant", word):
         fill(tmp_path / name, range(10))
     assert data.load(str(tmp_path)).class_names == ("ant", word)
@@ -142,7 +140,7 @@ def test_a_class_whose_name_begins_as_a_splits_is_a_class(tmp_path: Path, word: 
 @pytest.mark.parametrize(
     "form", ["{}/{}", "data/{}/{}", "archive/data/{}/{}/deeper", "Images 2017/{}/{}", "data/{1}/{0}"]
 )
-def test_splits_and_classes_are_found_in_either_order_and_within_outer_folders(tmp_path: Path, form: str) -> None:
+def test_splits_and_classes_are_found_in_either_order_and_within_outer_folders(tmp_path, form):
     for start, split in ((0, "train"), (20, "valid"), (30, "test")):
         fill(tmp_path / form.format(split, "ant"), range(start, start + 2))
         fill(tmp_path / form.format(split, "cat"), range(start + 100, start + 102))
@@ -182,14 +180,14 @@ REFUSED_LAYOUTS = {
 }
 
 
-def test_a_language_code_is_a_class(tmp_path: Path) -> None:
+def test_a_language_code_is_a_class(tmp_path):
     for folder in ("de", "tr"):
         fill(tmp_path / folder, range(12))
     assert data.load(str(tmp_path)).class_names == ("de", "tr")
 
 
 @pytest.mark.parametrize("what", REFUSED_LAYOUTS)
-def test_any_other_layout_with_a_folder_named_like_a_split_is_refused(tmp_path: Path, what: str) -> None:
+def test_any_other_layout_with_a_folder_named_like_a_split_is_refused(tmp_path, what):
     folders, named = REFUSED_LAYOUTS[what]
     for folder in folders:
         fill(tmp_path / folder, range(12))
@@ -197,13 +195,13 @@ def test_any_other_layout_with_a_folder_named_like_a_split_is_refused(tmp_path: 
         data.load(str(tmp_path))
 
 
-def test_an_archive_in_its_own_folder_keeps_its_split(tmp_path: Path) -> None:
+def test_an_archive_in_its_own_folder_keeps_its_split(tmp_path):
     for start, name in ((0, "train"), (20, "test")):
         fill(tmp_path / name / name, range(start, start + 10))
     assert levels(data.load(str(tmp_path)).test) == [*range(20, 30)]
 
 
-def test_a_class_of_railroad_trains_is_a_class(tmp_path: Path) -> None:
+def test_a_class_of_railroad_trains_is_a_class(tmp_path):
     """As in CIFAR-100 and in COCO."""
     for start, name in ((0, "train"), (20, "test")):
         fill(tmp_path / name / "ship", range(start, start + 10))
@@ -226,7 +224,7 @@ def closed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", ["test", "train/ant", "."])
-def test_a_folder_that_cannot_be_opened_is_refused(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_opened_is_refused(tmp_path, name, monkeypatch):
     for folder in ("train/ant", "train/cat", "test/ant", "test/cat"):
         fill(tmp_path / folder, range(10))
     closed(tmp_path / name, monkeypatch)
@@ -238,7 +236,7 @@ def test_a_folder_that_cannot_be_opened_is_refused(tmp_path: Path, name: str, mo
 # --- Classes ---
 
 
-def test_subfolders_are_classes_in_the_order_of_their_names(tmp_path: Path) -> None:
+def test_subfolders_are_classes_in_the_order_of_their_names(tmp_path):
     for start, name in ((100, "cat"), (0, "ant"), (200, "dog")):
         fill(tmp_path / name, range(start, start + 10))
     read = data.load(str(tmp_path))
@@ -252,19 +250,19 @@ def test_subfolders_are_classes_in_the_order_of_their_names(tmp_path: Path) -> N
 WIDE = np.array([[10, 20, 30, 40, 50, 60, 70, 80]] * 4, np.uint8)  # (4, 8): each column has its level
 
 
-def test_crop_keeps_the_middle(tmp_path: Path) -> None:
+def test_crop_keeps_the_middle(tmp_path):
     assert one(tmp_path / "wide", encoded(WIDE), image_size=(4, 4))[0, 0].tolist() == [30, 40, 50, 60]
     assert one(tmp_path / "tall", encoded(WIDE.T), image_size=(4, 4))[0, :, 0].tolist() == [30, 40, 50, 60]
 
 
-def test_crop_keeps_the_aspect_ratio_while_it_shrinks(tmp_path: Path) -> None:
+def test_crop_keeps_the_aspect_ratio_while_it_shrinks(tmp_path):
     """The outer quarters are cut (but for what the filter still sees of them): of black, white, black white is left."""
     banded = np.zeros((20, 40), np.uint8)
     banded[:, 7:33] = 255
     assert (one(tmp_path, encoded(banded), image_size=(5, 5)) == 255).all()
 
 
-def test_stretch_keeps_all_of_the_image(tmp_path: Path) -> None:
+def test_stretch_keeps_all_of_the_image(tmp_path):
     """Half black and half white in every row, at either size."""
     halves = np.zeros((20, 40), np.uint8)
     halves[:, 20:] = 255
@@ -276,12 +274,12 @@ def test_stretch_keeps_all_of_the_image(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, *({"image_size": (7, 9), "fit": fit} for fit in ("crop", "stretch"))], ids=str)
-def test_an_image_of_the_right_size_keeps_each_pixel(tmp_path: Path, options: dict) -> None:
+def test_an_image_of_the_right_size_keeps_each_pixel(tmp_path, options):
     pixels = np.random.default_rng(0).integers(0, 256, (7, 9, 3), np.uint8)
     assert one(tmp_path, encoded(pixels), **options).permute(1, 2, 0).tolist() == pixels.tolist()
 
 
-def test_images_of_several_sizes_are_brought_to_one(tmp_path: Path) -> None:
+def test_images_of_several_sizes_are_brought_to_one(tmp_path):
     for i in range(10):
         fill(tmp_path, [i], size=(4 + i, 12 - i))
     read = data.load(str(tmp_path), image_size=(4, 5))
@@ -306,7 +304,7 @@ COLOR_IMAGES = {
 
 
 @pytest.mark.parametrize("what", GRAY_IMAGES)
-def test_each_gray_image_is_one_channel_of_8_bits(tmp_path: Path, what: str) -> None:
+def test_each_gray_image_is_one_channel_of_8_bits(tmp_path, what):
     image, level = GRAY_IMAGES[what]
     read = one(tmp_path, encoded(image))
     assert read.shape == (1, *SIZE)
@@ -314,26 +312,26 @@ def test_each_gray_image_is_one_channel_of_8_bits(tmp_path: Path, what: str) -> 
 
 
 @pytest.mark.parametrize("what", COLOR_IMAGES)
-def test_each_color_image_is_red_green_and_blue(tmp_path: Path, what: str) -> None:
+def test_each_color_image_is_red_green_and_blue(tmp_path, what):
     image, channels = COLOR_IMAGES[what]
     assert [set(channel.flatten().tolist()) for channel in one(tmp_path, encoded(image))] == [{v} for v in channels]
 
 
 @pytest.mark.parametrize("suffix", [".png", ".bmp", ".tif", ".gif", ".pgm", ".PNG", ".jpg", ".webp"])
-def test_each_format_is_read(tmp_path: Path, suffix: str) -> None:
+def test_each_format_is_read(tmp_path, suffix):
     options = {"lossless": True} if suffix == ".webp" else {}
     content = encoded(np.full(SIZE, 77, np.uint8), suffix.lower(), **options)
     assert set(one(tmp_path, content, f"own{suffix}", color="gray").flatten().tolist()) == {77}
 
 
-def test_color_becomes_gray_where_asked(tmp_path: Path) -> None:
+def test_color_becomes_gray_where_asked(tmp_path):
     """ITU-R 601: 0.299 R + 0.587 G + 0.114 B."""
     read = one(tmp_path, encoded(Image.new("RGB", (6, 5), (200, 100, 50))), color="gray")
     assert read.shape == (1, *SIZE)
     assert abs(read.float().mean() - (0.299 * 200 + 0.587 * 100 + 0.114 * 50)) <= 0.5
 
 
-def test_the_orientation_that_a_camera_noted_is_honored(tmp_path: Path) -> None:
+def test_the_orientation_that_a_camera_noted_is_honored(tmp_path):
     """Orientation 6 of the EXIF standard: what is stored as the first column is the top row of the picture."""
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -365,7 +363,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_image_is_left_out_and_named(tmp_path: Path, name: str) -> None:
+def test_a_broken_image_is_left_out_and_named(tmp_path, name):
     fill(tmp_path, range(10))
     write(tmp_path / "deep" / name, BROKEN[name])
     read = data.load(str(tmp_path))
@@ -373,7 +371,7 @@ def test_a_broken_image_is_left_out_and_named(tmp_path: Path, name: str) -> None
     assert all_levels(read) == list(range(10))
 
 
-def test_other_files_are_ignored_counted_and_named_by_kind(tmp_path: Path) -> None:
+def test_other_files_are_ignored_counted_and_named_by_kind(tmp_path):
     fill(tmp_path, range(10))
     for name in ("labels.csv", "0.HEIC", "1.heic", "README"):
         write(tmp_path / "about" / name, b"0,1")
@@ -392,7 +390,7 @@ NO_IMAGES = {
 
 
 @pytest.mark.parametrize("what", NO_IMAGES)
-def test_a_folder_without_readable_images_is_refused(tmp_path: Path, what: str) -> None:
+def test_a_folder_without_readable_images_is_refused(tmp_path, what):
     files, message = NO_IMAGES[what]
     for name, content in files.items():
         write(tmp_path / name, content)
@@ -403,7 +401,7 @@ def test_a_folder_without_readable_images_is_refused(tmp_path: Path, what: str) 
 # --- The checksum ---
 
 
-def test_the_checksum_is_of_names_and_bytes_wherever_the_folder_is(tmp_path: Path) -> None:
+def test_the_checksum_is_of_names_and_bytes_wherever_the_folder_is(tmp_path):
     fill(tmp_path / "a", range(10))
     expected = hashlib.sha256()
     for path in sorted((tmp_path / "a").iterdir()):
@@ -416,7 +414,7 @@ def test_the_checksum_is_of_names_and_bytes_wherever_the_folder_is(tmp_path: Pat
     assert data.load(str(tmp_path / "b")).sha256 != expected.hexdigest()
 
 
-def test_each_image_has_the_name_of_its_file(tmp_path: Path) -> None:
+def test_each_image_has_the_name_of_its_file(tmp_path):
     """Also where it comes from the cache, and beside a file that is left out."""
     fill(tmp_path, range(30))
     write(tmp_path / "015x.png", b"no image")

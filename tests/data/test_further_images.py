@@ -54,7 +54,7 @@ SCALES = {  # training data, array -> what the model sees without binarization
 
 
 @pytest.mark.parametrize("what", SCALES)
-def test_each_array_is_brought_to_the_scale_of_the_training_data(tmp_path: Path, what: str) -> None:
+def test_each_array_is_brought_to_the_scale_of_the_training_data(tmp_path, what):
     kind, array, expected = SCALES[what]
     x = data.load_images(saved(tmp_path, array), trained_on(kind), "none").x
     assert (x.dtype, tuple(x.shape)) == (torch.float32, (6, *E))
@@ -72,7 +72,7 @@ OFF_SCALE = {
 
 
 @pytest.mark.parametrize("what", OFF_SCALE)
-def test_an_array_of_another_scale_is_refused(tmp_path: Path, what: str) -> None:
+def test_an_array_of_another_scale_is_refused(tmp_path, what):
     kind, array, message = OFF_SCALE[what]
     with pytest.raises(ValueError, match=f"own.npy: {message}"):
         data.load_images(saved(tmp_path, array), trained_on(kind), "none")
@@ -92,7 +92,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("what", LAYOUTS)
-def test_each_layout_becomes_the_event_shape(tmp_path: Path, what: str) -> None:
+def test_each_layout_becomes_the_event_shape(tmp_path, what):
     event_shape, array, expected = LAYOUTS[what]
     x = data.load_images(saved(tmp_path, array), trained_on(data.LEVELS, event_shape), "none").x
     np.testing.assert_array_equal((x * 255).round().numpy(), expected)
@@ -107,7 +107,7 @@ WRONG_SHAPES = {
 
 
 @pytest.mark.parametrize("what", WRONG_SHAPES)
-def test_another_event_shape_is_refused(tmp_path: Path, what: str) -> None:
+def test_another_event_shape_is_refused(tmp_path, what):
     array, message = WRONG_SHAPES[what]
     with pytest.raises(ValueError, match=rf"own.npy: expected images of event shape \(1, 4, 5\), {message}"):
         data.load_images(saved(tmp_path, array), trained_on(data.LEVELS), "none")
@@ -120,14 +120,14 @@ def test_another_event_shape_is_refused(tmp_path: Path, what: str) -> None:
     ("key", "others"),
     [("test", {"a": COLOR}), ("images", {"a": COLOR}), ("x", {"a": COLOR}), ("mine", {"y": np.arange(6)})],
 )
-def test_each_name_of_images_is_read(tmp_path: Path, key: str, others: dict[str, np.ndarray]) -> None:
+def test_each_name_of_images_is_read(tmp_path, key, others):
     read = data.load_images(saved(tmp_path, **{**others, key: GREY}), trained_on(data.LEVELS), "none")
     np.testing.assert_allclose(read.x[:, 0], GREY / 255, rtol=2e-7)
     assert read.names == tuple("012345")
 
 
 @pytest.mark.parametrize("key", ["labels", "y", "test_labels", "y_test"])
-def test_each_name_of_labels_is_read_beside_images(tmp_path: Path, key: str) -> None:
+def test_each_name_of_labels_is_read_beside_images(tmp_path, key):
     read = data.load_images(saved(tmp_path, **{"test": GREY, key: np.arange(6)}), trained_on(data.LEVELS), "none")
     assert read.labels is not None
     assert read.labels.tolist() == list(range(6))
@@ -138,9 +138,7 @@ def test_each_name_of_labels_is_read_beside_images(tmp_path: Path, key: str) -> 
 
 @pytest.mark.parametrize("binarization", ["dynamic", "fixed"])
 @pytest.mark.parametrize(("kind", "array"), [(data.LEVELS, GREY), (data.PROBABILITIES, FRACTIONS)])
-def test_gray_images_are_one_draw_from_the_seed(
-    tmp_path: Path, kind: str, array: np.ndarray, binarization: str
-) -> None:
+def test_gray_images_are_one_draw_from_the_seed(tmp_path, kind, array, binarization):
     rates = array.astype(np.float32) / np.float32(255 if array.dtype == np.uint8 else 1)
     expected = np.random.RandomState(3).binomial(1, rates)
     x = data.load_images(saved(tmp_path, array), trained_on(kind), binarization, seed=3).x
@@ -155,7 +153,7 @@ HOLES[:, 1:3, 2:] = True
 
 @pytest.mark.parametrize("binarization", ["dynamic", "fixed", "threshold", "none"])
 @pytest.mark.parametrize("kind", [data.LEVELS, data.PROBABILITIES])
-def test_a_missing_pixel_stays_missing_and_no_other_is(tmp_path: Path, kind: str, binarization: str) -> None:
+def test_a_missing_pixel_stays_missing_and_no_other_is(tmp_path, kind, binarization):
     path = saved(tmp_path, np.where(HOLES, np.nan, FRACTIONS))
     x = data.load_images(path, trained_on(kind), binarization).x
     np.testing.assert_array_equal(x[:, 0].isnan().numpy(), HOLES)
@@ -164,7 +162,7 @@ def test_a_missing_pixel_stays_missing_and_no_other_is(tmp_path: Path, kind: str
 # --- Image files ---
 
 
-def test_a_folder_is_brought_to_size_and_gray(tmp_path: Path) -> None:
+def test_a_folder_is_brought_to_size_and_gray(tmp_path):
     for i, size in enumerate([(8, 10), (4, 5), (40, 5)]):
         picture(tmp_path / f"{i}.png", np.full((*size, 3), 50 * (i + 1), np.uint8))
     read = data.load_images(str(tmp_path), trained_on(data.LEVELS), "none")
@@ -173,7 +171,7 @@ def test_a_folder_is_brought_to_size_and_gray(tmp_path: Path) -> None:
     np.testing.assert_allclose(read.x.numpy(), np.broadcast_to(expected, (3, *E)), rtol=2e-7)
 
 
-def test_a_single_image_file_is_one_image(tmp_path: Path) -> None:
+def test_a_single_image_file_is_one_image(tmp_path):
     path = picture(tmp_path / "own.png", GREY[0])
     picture(tmp_path / "other.png", GREY[1])
     read = data.load_images(path, trained_on(data.LEVELS), "none")
@@ -186,9 +184,7 @@ def test_a_single_image_file_is_one_image(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("names", "labels"), [(("cat", "dog"), [1, 2]), (("dog", "wolf"), None)])
-def test_files_in_folders_of_known_classes_have_their_labels(
-    tmp_path: Path, names: tuple[str, str], labels: list[int] | None
-) -> None:
+def test_files_in_folders_of_known_classes_have_their_labels(tmp_path, names, labels):
     for name in names:
         picture(tmp_path / name / "own.png", GREY[0])
     read = data.load_images(str(tmp_path), trained_on(data.LEVELS, class_names=("ant", "cat", "dog")), "none")
@@ -198,7 +194,7 @@ def test_files_in_folders_of_known_classes_have_their_labels(
 
 
 @pytest.mark.parametrize("fit", ["crop", "stretch"])
-def test_images_of_another_size_are_counted_with_what_was_done_to_them(tmp_path: Path, fit: str) -> None:
+def test_images_of_another_size_are_counted_with_what_was_done_to_them(tmp_path, fit):
     for i, size in enumerate([(4, 5), (8, 10), (40, 5)]):
         picture(tmp_path / f"{i}.png", np.full(size, 50, np.uint8))
     (note,) = data.load_images(str(tmp_path), trained_on(data.LEVELS), "none", fit=fit).notes
@@ -206,7 +202,7 @@ def test_images_of_another_size_are_counted_with_what_was_done_to_them(tmp_path:
     assert ("cut" in note, "stretched" in note) == (fit == "crop", fit == "stretch")
 
 
-def test_colors_that_are_made_gray_are_counted(tmp_path: Path) -> None:
+def test_colors_that_are_made_gray_are_counted(tmp_path):
     picture(tmp_path / "gray in color.png", np.repeat(GREY[0][..., None], 3, 2))
     picture(tmp_path / "red.png", GREY[1][..., None] * np.array([1, 0, 0], np.uint8))
     (note,) = data.load_images(str(tmp_path), trained_on(data.LEVELS), "none").notes
@@ -214,7 +210,7 @@ def test_colors_that_are_made_gray_are_counted(tmp_path: Path) -> None:
     assert data.load_images(str(tmp_path), trained_on(data.LEVELS, (3, 4, 5)), "none").notes == ()
 
 
-def test_what_image_files_leave_out_is_noted(tmp_path: Path) -> None:
+def test_what_image_files_leave_out_is_noted(tmp_path):
     frames = [Image.fromarray(image) for image in GREY[:3]]
     frames[0].save(tmp_path / "pages.tif", save_all=True, append_images=frames[1:])
     (tmp_path / "0.heic").write_bytes(b"")
@@ -224,7 +220,7 @@ def test_what_image_files_leave_out_is_noted(tmp_path: Path) -> None:
     assert any("1 .heic" in note for note in own.notes)
 
 
-def test_white_strokes_on_a_transparent_ground_are_refused(tmp_path: Path) -> None:
+def test_white_strokes_on_a_transparent_ground_are_refused(tmp_path):
     opacity = Image.fromarray(GREY[0])
     Image.merge("LA", [Image.new("L", opacity.size, 255), opacity]).save(tmp_path / "white.png")
     with pytest.raises(ValueError, match="expected images that show something, got only level 255"):
@@ -235,7 +231,7 @@ def test_white_strokes_on_a_transparent_ground_are_refused(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("kind", [data.LEVELS, data.BINARY, data.REAL])
-def test_an_image_of_the_runs_data_is_found_in_its_split(tmp_path: Path, kind: str) -> None:
+def test_an_image_of_the_runs_data_is_found_in_its_split(tmp_path, kind):
     own = {data.LEVELS: GREY, data.BINARY: BITS, data.REAL: REALS}[kind][:, None]
     splits = trained_on(kind)
     stored = torch.from_numpy(own).to(splits.train.dtype)

@@ -26,7 +26,7 @@ WORDS = {"train": "train", "validation": "valid", "test": "test"}
 
 
 @pytest.mark.parametrize("word", DATASETS)
-def test_every_data_set_of_the_command_line_has_a_reader(word: str) -> None:
+def test_every_data_set_of_the_command_line_has_a_reader(word):
     assert callable(DATASETS[word].import_reader())
 
 
@@ -56,9 +56,7 @@ def idx() -> SimpleNamespace:
     )
 
 
-def test_mnist_is_the_published_files_with_the_last_10000_training_images_as_validation(
-    mnist: data.Splits, idx: SimpleNamespace
-) -> None:
+def test_mnist_is_the_published_files_with_the_last_10000_training_images_as_validation(mnist, idx):
     assert (mnist.kind, mnist.event_shape, mnist.train.dtype) == ("8-bit levels", (1, 28, 28), torch.uint8)
     expected = {
         "train": (idx.train[:50_000], idx.train_labels[:50_000]),
@@ -71,7 +69,7 @@ def test_mnist_is_the_published_files_with_the_last_10000_training_images_as_val
 
 
 @pytest.mark.thorough
-def test_the_checksum_of_mnist_is_that_of_its_two_published_image_files(mnist: data.Splits) -> None:
+def test_the_checksum_of_mnist_is_that_of_its_two_published_image_files(mnist):
     """Run folders hold it."""
     published = (hashlib.sha256(raw_mnist(f"{name}-images-idx3-ubyte")).hexdigest() for name in ("train", "t10k"))
     assert mnist.sha256 == hashlib.sha256("".join(published).encode()).hexdigest()
@@ -95,7 +93,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_embedded_file_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, damage: str) -> None:
+def test_a_damaged_embedded_file_is_refused(monkeypatch, tmp_path, damage):
     name, make, message = DAMAGES[damage]
     (tmp_path / "mnist").mkdir()
     for genuine in (path for path in (files("ppl_vae") / "mnist").iterdir() if path.name.endswith(".xz")):
@@ -191,7 +189,7 @@ def made_up_files(served: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.usefixtures("made_up_files")
 @pytest.mark.parametrize("name", SETS)
-def test_each_set_is_downloaded_once_and_split_as_published(tmp_path: Path, name: str) -> None:
+def test_each_set_is_downloaded_once_and_split_as_published(tmp_path, name):
     event_shape, num_validation, variable, _ = SETS[name]
     read = data.load(name, data_dir=str(tmp_path))
     read = data.load(name, data_dir=str(tmp_path), download=False)
@@ -216,7 +214,7 @@ def test_each_set_is_downloaded_once_and_split_as_published(tmp_path: Path, name
 
 @pytest.mark.usefixtures("made_up_files")
 @pytest.mark.parametrize("name", ["fashion-mnist", "kmnist"])
-def test_gray_sets_take_the_iwae_protocol(tmp_path: Path, name: str) -> None:
+def test_gray_sets_take_the_iwae_protocol(tmp_path, name):
     read = data.load(name, data_dir=str(tmp_path), protocol="iwae")
     assert [len(x) for x in (read.train, read.validation, read.test)] == [NUM_TRAIN, 0, NUM_TEST]
 
@@ -227,8 +225,8 @@ def test_gray_sets_take_the_iwae_protocol(tmp_path: Path, name: str) -> None:
     [("given", "environment", "given"), (None, "environment", "environment"), (None, None, "data")],
 )
 def test_the_data_folder_is_the_one_given_else_the_environments_else_data(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, given: str | None, environment: str | None, expected: str
-) -> None:
+    monkeypatch, tmp_path, given, environment, expected
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PPL_VAE_DATA_DIR", raising=False)
     if environment:
@@ -240,7 +238,7 @@ def test_the_data_folder_is_the_one_given_else_the_environments_else_data(
 @pytest.mark.usefixtures("made_up_files")
 @pytest.mark.parametrize("name", SETS)
 @pytest.mark.parametrize("damage", ["truncated", "another file"])
-def test_a_file_with_another_checksum_is_not_opened(tmp_path: Path, name: str, damage: str) -> None:
+def test_a_file_with_another_checksum_is_not_opened(tmp_path, name, damage):
     data.load(name, data_dir=str(tmp_path))
     path = next(path for path in tmp_path.rglob("*") if path.is_file())
     path.write_bytes(path.read_bytes()[:-1] if damage == "truncated" else b"another file")
@@ -310,9 +308,7 @@ FILES = {
 
 @pytest.mark.parametrize("nested", [False, True], ids=["in the folder itself", "in its subfolder"])
 @pytest.mark.parametrize("kind", FILES)
-def test_each_file_of_a_binary_set_gives_its_pixels(
-    made_up: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str, nested: bool
-) -> None:
+def test_each_file_of_a_binary_set_gives_its_pixels(made_up, monkeypatch, tmp_path, kind, nested):
     name, subfolder, write = FILES[kind]
     write(tmp_path / subfolder if nested else tmp_path)
     trust_mat(tmp_path, monkeypatch)
@@ -328,9 +324,7 @@ def test_each_file_of_a_binary_set_gives_its_pixels(
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_other_pixels_than_the_published_ones_are_refused(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
-) -> None:
+def test_other_pixels_than_the_published_ones_are_refused(monkeypatch, tmp_path, kind):
     name, _, write = FILES[kind]
     write(tmp_path)
     trust_mat(tmp_path, monkeypatch)
@@ -339,7 +333,7 @@ def test_other_pixels_than_the_published_ones_are_refused(
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_a_truncated_file_is_refused(made_up: None, tmp_path: Path, kind: str) -> None:
+def test_a_truncated_file_is_refused(made_up, tmp_path, kind):
     name, _, write = FILES[kind]
     write(tmp_path)
     for path in tmp_path.iterdir():
@@ -368,7 +362,7 @@ def load_real(name: str, file: str) -> data.Splits:
     return data.load(name, data_dir=str(real(file)), download=False)
 
 
-def test_static_mnist_has_its_published_sizes_and_score() -> None:
+def test_static_mnist_has_its_published_sizes_and_score():
     """Test log-likelihood of independent pixels at the training rates (Laplace + 1): -205.79 nats."""
     read = load_real("static-mnist", STATIC)
     assert [tuple(x.shape) for x in (read.train, read.validation, read.test)] == [
@@ -380,7 +374,7 @@ def test_static_mnist_has_its_published_sizes_and_score() -> None:
     assert (white @ np.log(rates) + (1 - white) @ np.log(1 - rates)).item() == pytest.approx(-205.79, abs=0.005)
 
 
-def test_silhouettes_have_their_published_sizes_and_are_upright_in_a_background_of_ones() -> None:
+def test_silhouettes_have_their_published_sizes_and_are_upright_in_a_background_of_ones():
     """Airplanes from the side are wider than high: more columns than rows hold the object."""
     read = load_real("caltech-silhouettes", CALTECH)
     assert [len(x) for x in (read.train, read.validation, read.test)] == [4_100, 2_264, 2_307]

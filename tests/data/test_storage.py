@@ -40,7 +40,7 @@ def large(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("shape", [(2500, 700), (1000, 257), (1000, 65), (999, 3, 7, 13), (300, 129), (5, 300), (1, 1)])
 @pytest.mark.parametrize("what", ["levels", "reals"])
-def test_sums_over_images_are_bit_for_bit_those_of_all_columns_at_once(shape: tuple[int, ...], what: str) -> None:
+def test_sums_over_images_are_bit_for_bit_those_of_all_columns_at_once(shape, what):
     """What the marginals, and so every training, start from."""
     rng = np.random.default_rng(2)
     array = rng.integers(0, 256, shape, np.uint8) if what == "levels" else rng.normal(3, 2, shape).astype(np.float32)
@@ -52,7 +52,7 @@ def test_sums_over_images_are_bit_for_bit_those_of_all_columns_at_once(shape: tu
     assert torch.equal(mean_and_variance(x)[1], squares / len(x))
 
 
-def test_sums_over_very_many_images_are_those_of_double_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sums_over_very_many_images_are_those_of_double_precision(monkeypatch):
     monkeypatch.setattr(numerics, "_LARGE", 1000)
     array = np.random.default_rng(3).normal(100, 2, (3500, 30)).astype(np.float32)
     mean, variance = mean_and_variance(torch.from_numpy(array))
@@ -68,7 +68,7 @@ FAMILIES: dict[str, Callable[[], tuple[torch.nn.Module, torch.Tensor]]] = {
 
 
 @pytest.mark.parametrize("what", FAMILIES)
-def test_marginals_of_large_data_are_those_of_small(what: str, request: pytest.FixtureRequest) -> None:
+def test_marginals_of_large_data_are_those_of_small(what, request):
     family, x = FAMILIES[what]()
     small = family.fit_marginals(x)
     request.getfixturevalue("large")
@@ -79,7 +79,7 @@ def test_marginals_of_large_data_are_those_of_small(what: str, request: pytest.F
 
 
 @pytest.mark.usefixtures("large")
-def test_a_large_tensor_lies_in_a_file_that_nobody_else_sees(kept: Path) -> None:
+def test_a_large_tensor_lies_in_a_file_that_nobody_else_sees(kept):
     rows = data.allocate((50, 3), torch.float32)
     rows.copy_(torch.arange(150.0).reshape(50, 3))
     assert data.is_mapped(rows[7:])
@@ -87,7 +87,7 @@ def test_a_large_tensor_lies_in_a_file_that_nobody_else_sees(kept: Path) -> None
     assert list(kept.iterdir()) == []
 
 
-def test_the_memory_that_is_available_is_no_more_than_the_machine_says() -> None:
+def test_the_memory_that_is_available_is_no_more_than_the_machine_says():
     available = storage.get_available_memory()
     said = re.search(r"MemTotal: +(\d+)", Path("/proc/meminfo").read_text(encoding="ascii"))
     assert said is not None
@@ -104,9 +104,7 @@ GROUPS = {  # the line of /proc/self/cgroup, and the group that has a limit
 
 
 @pytest.mark.parametrize("what", GROUPS)
-def test_the_memory_that_is_available_is_what_the_control_groups_leave(
-    tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_memory_that_is_available_is_what_the_control_groups_leave(tmp_path, what, monkeypatch):
     line, limited = GROUPS[what]
     (tmp_path / "own").write_text(f"{line}\n")
     monkeypatch.setattr(storage, "_PROCESS_GROUPS", tmp_path / "own")
@@ -123,7 +121,7 @@ def test_the_memory_that_is_available_is_what_the_control_groups_leave(
 # --- Threads ---
 
 
-def test_results_of_threads_come_in_order_and_few_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_of_threads_come_in_order_and_few_are_held(monkeypatch):
     monkeypatch.setattr(storage, "count_threads", lambda: 4)
     started: list[int] = []
 

@@ -64,7 +64,7 @@ def large(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("binarization", ["dynamic", "fixed"])
-def test_mnist_is_evaluated_on_the_published_draw(mnist: data.Splits, binarization: str) -> None:
+def test_mnist_is_evaluated_on_the_published_draw(mnist, binarization):
     """The protocol as its authors' code has it: seed 777, one binomial draw over validation, then one over test."""
     before = np.random.get_state()  # noqa: NPY002 (the published generator is numpy's global one)
     try:
@@ -96,9 +96,7 @@ def compute_expected(splits: data.Splits, split: str, word: str) -> np.ndarray:
 @pytest.mark.parametrize("size", ["small", "large"])
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("word", data.PIXELS)
-def test_images_of_each_word_are_the_same_whole_and_in_parts(
-    gray: data.Splits, word: str, split: str, size: str, request: pytest.FixtureRequest
-) -> None:
+def test_images_of_each_word_are_the_same_whole_and_in_parts(gray, word, split, size, request):
     if size == "large":
         request.getfixturevalue("large")
     x = data.evaluation_images(gray, split, word)
@@ -108,7 +106,7 @@ def test_images_of_each_word_are_the_same_whole_and_in_parts(
 
 @pytest.mark.usefixtures("large")
 @pytest.mark.parametrize("word", ["fixed", "threshold"])
-def test_a_stored_draw_is_the_same_in_parts_and_takes_a_byte_per_pixel(gray: data.Splits, word: str) -> None:
+def test_a_stored_draw_is_the_same_in_parts_and_takes_a_byte_per_pixel(gray, word):
     stored, transform = data.training_images(gray, word)
     assert stored.dtype == torch.uint8
     assert data.is_mapped(stored)
@@ -116,7 +114,7 @@ def test_a_stored_draw_is_the_same_in_parts_and_takes_a_byte_per_pixel(gray: dat
 
 
 @pytest.mark.parametrize("word", data.PIXELS)
-def test_images_neither_depend_on_global_generators_nor_change_them(gray: data.Splits, word: str) -> None:
+def test_images_neither_depend_on_global_generators_nor_change_them(gray, word):
     np.random.seed(1)  # noqa: NPY002 (the global generators are what must not matter)
     torch.manual_seed(1)
     states = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
@@ -130,7 +128,7 @@ def test_images_neither_depend_on_global_generators_nor_change_them(gray: data.S
 
 
 @pytest.mark.parametrize("word", ["levels", "dequantized"])
-def test_only_8_bit_data_has_levels(word: str) -> None:
+def test_only_8_bit_data_has_levels(word):
     with pytest.raises(ValueError, match=rf"pixels: expected 8-bit levels for '{word}', got real values"):
         data.evaluation_images(build(STORED[data.REAL], data.REAL), "test", word)
 
@@ -138,7 +136,7 @@ def test_only_8_bit_data_has_levels(word: str) -> None:
 # --- Draws ---
 
 
-def test_each_level_is_drawn_at_its_own_rate() -> None:
+def test_each_level_is_drawn_at_its_own_rate():
     num_draws = 20_000
     levels = torch.arange(256, dtype=torch.uint8).expand(num_draws, 256)
     rate = levels[0].double() / 255
@@ -150,7 +148,7 @@ def test_each_level_is_drawn_at_its_own_rate() -> None:
     assert in_standard_errors.square().mean() == pytest.approx(1, abs=5 * math.sqrt(2 / 254))
 
 
-def test_each_probability_is_drawn_at_its_own_rate() -> None:
+def test_each_probability_is_drawn_at_its_own_rate():
     num_draws, rate = 40_000, torch.tensor([0.01, 0.1, 0.5, 0.77, 0.999])
     drawn = data.sample_bernoulli(rate.expand(num_draws, 5), torch.Generator().manual_seed(1)).double().mean(0)
     stderr = (rate * (1 - rate) / num_draws).sqrt()
@@ -159,9 +157,7 @@ def test_each_probability_is_drawn_at_its_own_rate() -> None:
 
 # torch.rand gives multiples of 2^-24 from 0 on, and never 1.
 @pytest.mark.parametrize(("uniform", "level"), [(0.0, 0), (1 - 2.0**-24, 255)], ids=["black at 0", "white at almost 1"])
-def test_black_and_white_are_certain_at_the_ends_of_the_uniform_numbers(
-    monkeypatch: pytest.MonkeyPatch, uniform: float, level: int
-) -> None:
+def test_black_and_white_are_certain_at_the_ends_of_the_uniform_numbers(monkeypatch, uniform, level):
     monkeypatch.setattr(torch, "rand", lambda shape, **_: torch.full(shape, uniform))
     stored = torch.full((1,), level, dtype=torch.uint8)
     assert data.sample_bernoulli(stored, torch.Generator()) == stored / 255
@@ -172,7 +168,7 @@ def test_black_and_white_are_certain_at_the_ends_of_the_uniform_numbers(
 
 
 @pytest.mark.parametrize("word", ["dynamic", "dequantized"])
-def test_training_images_are_drawn_anew_at_each_access_from_their_generator_alone(gray: data.Splits, word: str) -> None:
+def test_training_images_are_drawn_anew_at_each_access_from_their_generator_alone(gray, word):
     stored, transform = data.training_images(gray, word)
     generator = torch.Generator().manual_seed(7)
     torch.manual_seed(1)
@@ -187,7 +183,7 @@ def test_training_images_are_drawn_anew_at_each_access_from_their_generator_alon
         assert torch.equal((256 * first).floor(), gray.train.float())
 
 
-def test_a_dynamic_draw_is_the_expected_image_on_average() -> None:
+def test_a_dynamic_draw_is_the_expected_image_on_average():
     splits = build(STORED[data.LEVELS], data.LEVELS)
     stored, transform = data.training_images(splits, "dynamic")
     generator = torch.Generator().manual_seed(0)
@@ -197,7 +193,7 @@ def test_a_dynamic_draw_is_the_expected_image_on_average() -> None:
     assert ((mean - expected).abs() <= 5 * error + 1e-6).all()
 
 
-def test_gray_data_takes_each_binarization_and_resolves_to_the_default(gray: data.Splits) -> None:
+def test_gray_data_takes_each_binarization_and_resolves_to_the_default(gray):
     assert data.resolve_binarization(gray, None) == "dynamic"
     assert data.resolve_binarization(gray, None, default="threshold") == "threshold"
     assert [data.resolve_binarization(gray, word) for word in BINARIZATIONS] == [*BINARIZATIONS]
@@ -209,7 +205,7 @@ def test_gray_data_takes_each_binarization_and_resolves_to_the_default(gray: dat
 @pytest.mark.parametrize("kind", [data.LEVELS, data.PROBABILITIES])
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("binarization", ["dynamic", "fixed"])
-def test_the_entropy_of_a_draw_is_that_of_its_bernoullis(kind: str, split: str, binarization: str) -> None:
+def test_the_entropy_of_a_draw_is_that_of_its_bernoullis(kind, split, binarization):
     splits = build(STORED[kind], kind)
     entropy = data.binarization_entropy(splits, split, binarization)
     rates = getattr(splits, split).double().numpy() / (255 if kind == data.LEVELS else 1)
@@ -217,7 +213,7 @@ def test_the_entropy_of_a_draw_is_that_of_its_bernoullis(kind: str, split: str, 
     np.testing.assert_allclose(entropy.numpy(), bernoulli.entropy(rates).sum(axis=1), rtol=1e-12)
 
 
-def test_the_entropy_of_mnists_test_set_is_45_53_nats(mnist: data.Splits) -> None:
+def test_the_entropy_of_mnists_test_set_is_45_53_nats(mnist):
     entropy = data.binarization_entropy(mnist, "test", "dynamic")
     assert entropy is not None
     assert (tuple(entropy.shape), entropy.dtype) == ((10_000,), torch.float64)
@@ -228,7 +224,7 @@ def test_the_entropy_of_mnists_test_set_is_45_53_nats(mnist: data.Splits) -> Non
 
 
 @pytest.mark.thorough
-def test_under_iwae_all_training_images_and_labels_train(iwae: data.Splits, mnist: data.Splits) -> None:
+def test_under_iwae_all_training_images_and_labels_train(iwae, mnist):
     assert torch.equal(iwae.train, torch.cat([mnist.train, mnist.validation]))
     assert torch.equal(iwae.labels["train"], torch.cat([mnist.labels["train"], mnist.labels["validation"]]))
     assert "60,000 / 0 / 10,000 (iwae protocol: all training images train, and test is drawn anew" in iwae.describe()
@@ -237,9 +233,7 @@ def test_under_iwae_all_training_images_and_labels_train(iwae: data.Splits, mnis
         data.evaluation_images(iwae, "validation", "dynamic")
 
 
-def test_under_iwae_a_dynamic_test_set_is_drawn_from_the_seed_and_a_fixed_one_is_not(
-    gray: data.Splits, request: pytest.FixtureRequest
-) -> None:
+def test_under_iwae_a_dynamic_test_set_is_drawn_from_the_seed_and_a_fixed_one_is_not(gray, request):
     splits = replace(gray, protocol="iwae")
     rate = gray.test.numpy().astype(np.float32) / np.float32(255)
     expected = np.random.RandomState(5).binomial(1, rate)
@@ -251,7 +245,7 @@ def test_under_iwae_a_dynamic_test_set_is_drawn_from_the_seed_and_a_fixed_one_is
 
 
 @pytest.mark.parametrize("dataset", ["static-mnist", "caltech-silhouettes", "cifar10", "svhn", "own.npz"])
-def test_the_iwae_protocol_is_for_the_gray_sets_alone(dataset: str) -> None:
+def test_the_iwae_protocol_is_for_the_gray_sets_alone(dataset):
     with pytest.raises(ValueError, match=rf"protocol: expected vampprior for {dataset} \(iwae is for mnist, fashion"):
         data.load(dataset, protocol="iwae")
 
@@ -260,7 +254,7 @@ def test_the_iwae_protocol_is_for_the_gray_sets_alone(dataset: str) -> None:
 
 
 @pytest.mark.parametrize(("num_images", "most"), [(10_000, 20), (10_000, 5_000), (50, 49), (3, 1)])
-def test_a_subset_is_ascending_and_has_the_size_that_was_asked_for(num_images: int, most: int) -> None:
+def test_a_subset_is_ascending_and_has_the_size_that_was_asked_for(num_images, most):
     index = data.subset(num_images, most)
     assert len(index) == most
     assert (index.diff() > 0).all()
@@ -269,7 +263,7 @@ def test_a_subset_is_ascending_and_has_the_size_that_was_asked_for(num_images: i
 
 
 @pytest.mark.parametrize("most", [10, 100, 1_000])
-def test_a_subset_is_not_the_first_images(most: int) -> None:
+def test_a_subset_is_not_the_first_images(most):
     """Image i of a random subset of n among N lies near i N / n: the mean index is (N - 1) / 2, within its error."""
     num_images = 10_000
     index = data.subset(num_images, most).double()

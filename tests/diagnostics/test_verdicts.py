@@ -88,7 +88,7 @@ def only(given: Measurements) -> Verdict:
     return verdict
 
 
-def test_a_run_with_nothing_wrong_is_healthy() -> None:
+def test_a_run_with_nothing_wrong_is_healthy():
     assert words(numbers()) == ["healthy"]
     assert only(numbers()).change is None
 
@@ -107,7 +107,7 @@ EDGES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("word", EDGES)
-def test_a_verdict_needs_a_number_beyond_its_threshold(word: str) -> None:
+def test_a_verdict_needs_a_number_beyond_its_threshold(word):
     change, threshold, side = EDGES[word]
     assert words(numbers(**change(threshold))) == ["healthy"]
     assert words(numbers(**change(threshold + side * 1e-6))) == [word]
@@ -116,14 +116,14 @@ def test_a_verdict_needs_a_number_beyond_its_threshold(word: str) -> None:
 @pytest.mark.parametrize(
     ("stderr", "expected"), [(0.32, "over-regularized"), (0.34, "healthy"), (math.nan, "over-regularized")]
 )
-def test_a_verdict_needs_three_known_standard_errors(stderr: float, expected: str) -> None:
+def test_a_verdict_needs_three_known_standard_errors(stderr, expected):
     assert words(numbers(implied_beta=value(judge.OVER_BETA + 1, stderr))) == [expected]
 
 
 # --- What one finding makes of another ---
 
 
-def test_latents_are_not_judged_if_the_decoder_ignores_them() -> None:
+def test_latents_are_not_judged_if_the_decoder_ignores_them():
     same = PictureNumbers(value(0.0), None)
     ignored = numbers(kl=value(0.0), pictures=same, active=active(0), implied_beta=None)
     assert words(ignored) == ["decoder ignores z"]
@@ -139,17 +139,17 @@ AUTOENCODER: dict[str, Any] = {
 }
 
 
-def test_an_autoencoder_has_one_verdict() -> None:
+def test_an_autoencoder_has_one_verdict():
     verdict = only(numbers(**AUTOENCODER))
     assert (verdict.word, verdict.change) == ("autoencoder", {"posterior": "diagonal", "beta": 1.0})
 
 
-def test_both_of_two_findings_are_reported() -> None:
+def test_both_of_two_findings_are_reported():
     assert words(numbers(implied_beta=value(0.01), aggregate=aggregate(0.99))) == ["under-regularized", "holes"]
 
 
 @pytest.mark.parametrize("collapsed", [False, True])
-def test_a_training_that_still_gains_nats_needs_epochs_before_anything_else(collapsed: bool) -> None:
+def test_a_training_that_still_gains_nats_needs_epochs_before_anything_else(collapsed):
     found = only(numbers(trained_with=replace(TRAINED, epochs=5, last_rise=3.0), **(COLLAPSED if collapsed else {})))
     assert (found.word, found.severity, found.change) == ("not settled", "warning", {"epochs": 20})
     settled = numbers(trained_with=replace(TRAINED, epochs=5, last_rise=0.9))
@@ -182,9 +182,7 @@ HOLES: dict[str, Any] = {"aggregate": aggregate(0.99)}
         ({"importance": estimate(5.0)}, TRAINED, {"num_particles": 5000}),
     ],
 )
-def test_the_change_fits_the_training(
-    changed: dict[str, Any], trained: TrainedWith, change: dict[str, Any] | None
-) -> None:
+def test_the_change_fits_the_training(changed, trained, change):
     assert only(numbers(**changed, trained_with=trained)).change == change
 
 
@@ -197,9 +195,7 @@ def test_the_change_fits_the_training(
         (1.0, (1.3, 1.1, 0.9), 1.2, "1 directions exceed it"),
     ],
 )
-def test_a_collapse_is_compared_with_what_the_noise_predicts(
-    beta: float, eigenvalues: tuple[float, ...], edge: float, evidence: str
-) -> None:
+def test_a_collapse_is_compared_with_what_the_noise_predicts(beta, eigenvalues, edge, evidence):
     given = numbers(**COLLAPSED, noise=noise(*eigenvalues, edge=edge), trained_with=replace(TRAINED, beta=beta))
     assert evidence in only(given).evidence
 
@@ -213,15 +209,13 @@ def test_a_collapse_is_compared_with_what_the_noise_predicts(
         ("free-bits", 1.0, 3.0, "over-regularized"),
     ],
 )
-def test_free_bits_at_a_usual_beta_are_not_under_regularized(
-    objective: str, beta: float, implied: float, expected: str
-) -> None:
+def test_free_bits_at_a_usual_beta_are_not_under_regularized(objective, beta, implied, expected):
     trained = replace(TRAINED, objective=objective, beta=beta)
     assert words(numbers(implied_beta=value(implied, 0.01), trained_with=trained)) == [expected]
 
 
 @pytest.mark.parametrize("implied", [0.1, 5.0])
-def test_a_bound_of_several_particles_implies_no_beta(implied: float) -> None:
+def test_a_bound_of_several_particles_implies_no_beta(implied):
     trained = replace(TRAINED, objective="dreg", num_particles=8)
     given = numbers(implied_beta=value(implied, 0.01), trained_with=trained)
     assert words(given) == ["healthy"]

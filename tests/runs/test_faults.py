@@ -87,9 +87,7 @@ SWEEP = [
 
 
 @pytest.mark.parametrize(("name", "damage"), SWEEP)
-def test_a_damaged_run_is_resumed_to_the_same_end_or_refused(
-    server: Server, whole: Path, copy: Path, name: str, damage: str
-) -> None:
+def test_a_damaged_run_is_resumed_to_the_same_end_or_refused(server, whole, copy, name, damage):
     damages()[damage](copy / name)
     done = server.run(TRAIN, "--resume", copy)
     if done.code:
@@ -121,9 +119,7 @@ OTHER_COMMANDS = [
 
 
 @pytest.mark.parametrize(("script", "name", "damage"), OTHER_COMMANDS)
-def test_a_damaged_run_is_evaluated_and_drawn_right_or_refused(
-    server: Server, whole: Path, copy: Path, script: str, name: str, damage: str
-) -> None:
+def test_a_damaged_run_is_evaluated_and_drawn_right_or_refused(server, whole, copy, script, name, damage):
     words = ("--images", "25", "--num-particles", "200", "--seed", "0") if script == EVALUATE else ()
     damages()[damage](copy / name)
     done = server.run(script, copy, *words)
@@ -143,7 +139,7 @@ WEIGHTS = [
 
 
 @pytest.mark.parametrize(("name", "damage"), WEIGHTS)
-def test_damaged_weights_are_loaded_right_or_refused(whole: Path, copy: Path, name: str, damage: str) -> None:
+def test_damaged_weights_are_loaded_right_or_refused(whole, copy, name, damage):
     damages()[damage](copy / name)
     expected = load(whole).state_dict()
     try:
@@ -155,7 +151,7 @@ def test_damaged_weights_are_loaded_right_or_refused(whole: Path, copy: Path, na
 
 
 @pytest.mark.parametrize("place", [i / 10 for i in range(11)])
-def test_a_bit_that_turns_in_the_weights_is_noticed(copy: Path, place: float) -> None:
+def test_a_bit_that_turns_in_the_weights_is_noticed(copy, place):
     flip(copy / MODEL, place)
     with pytest.raises(ValueError, match=r"model\.safetensors: damaged"):
         load(copy)
@@ -164,14 +160,14 @@ def test_a_bit_that_turns_in_the_weights_is_noticed(copy: Path, place: float) ->
 # --- Two checkpoints ---
 
 
-def test_a_damaged_state_is_said_and_gives_way_to_the_one_before_it(server: Server, copy: Path) -> None:
+def test_a_damaged_state_is_said_and_gives_way_to_the_one_before_it(server, copy):
     truncate(copy / STATE, 0.5)
     done = server.run(TRAIN, "--resume", copy)
     assert f"{STATE}: damaged" in done.out
     assert "Going on from step 9." in done.out  # of 10
 
 
-def test_two_damaged_states_are_refused_with_what_is_still_good(server: Server, copy: Path) -> None:
+def test_two_damaged_states_are_refused_with_what_is_still_good(server, copy):
     for name in (STATE, PREVIOUS):
         truncate(copy / name, 0.5)
     done = server.run(TRAIN, "--resume", copy)
@@ -183,9 +179,7 @@ def test_two_damaged_states_are_refused_with_what_is_still_good(server: Server, 
 # --- No room ---
 
 
-def test_a_full_disk_leaves_the_old_files_and_a_run_that_goes_on_as_if_it_had_not_been(
-    server: Server, copy: Path, tmp_path: Path
-) -> None:
+def test_a_full_disk_leaves_the_old_files_and_a_run_that_goes_on_as_if_it_had_not_been(server, copy, tmp_path):
     other = Path(shutil.copytree(copy, tmp_path / "other"))
     before = {name: (copy / name).read_bytes() for name in (STATE, PREVIOUS)}
     done = server.run(TRAIN, "--resume", copy, "--epochs", "3", most_bytes=len(before[STATE]) - 100)
@@ -218,9 +212,7 @@ def fill(path: Path) -> None:
             file.write(b"0" * 4096)
 
 
-def test_a_disk_without_room_ends_in_one_line_and_is_gone_on_with_when_there_is(
-    server: Server, copy: Path, whole: Path, disk: Path
-) -> None:
+def test_a_disk_without_room_ends_in_one_line_and_is_gone_on_with_when_there_is(server, copy, whole, disk):
     folder = Path(shutil.copytree(copy, disk / "run"))
     for name in (EVALUATION, PER_IMAGE):
         (folder / name).unlink()
@@ -242,9 +234,7 @@ SIGNALS = {signal.SIGINT: (130, "interrupted"), signal.SIGTERM: (143, "terminate
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_in_training_ends_it_after_the_step_and_loses_nothing(
-    server: Server, dataset: Path, whole: Path, tmp_path: Path, number: int
-) -> None:
+def test_a_signal_in_training_ends_it_after_the_step_and_loses_nothing(server, dataset, whole, tmp_path, number):
     folder, (code, word) = tmp_path / "run", SIGNALS[number]
     running = server.start(TRAIN, "--dataset", dataset, "--run-dir", folder, *SMALL, "--epochs", "100000")
     wait_for(folder / STATE, running)
@@ -257,9 +247,7 @@ def test_a_signal_in_training_ends_it_after_the_step_and_loses_nothing(
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_run_that_was_signaled_ends_as_if_it_was_not(
-    server: Server, dataset: Path, whole: Path, tmp_path: Path, number: int
-) -> None:
+def test_a_run_that_was_signaled_ends_as_if_it_was_not(server, dataset, whole, tmp_path, number):
     folder = tmp_path / "run"
     running = server.start(TRAIN, "--dataset", dataset, "--run-dir", folder, *SMALL, "--checkpoint-seconds", "1000")
     wait_for(folder / METRICS, running)
@@ -271,7 +259,7 @@ def test_a_run_that_was_signaled_ends_as_if_it_was_not(
     assert found == expected
 
 
-def test_a_second_signal_ends_at_once(server: Server, dataset: Path, tmp_path: Path) -> None:
+def test_a_second_signal_ends_at_once(server, dataset, tmp_path):
     folder = tmp_path / "run"
     running = server.start(TRAIN, "--dataset", dataset, "--run-dir", folder, *SMALL, "--epochs", "100000")
     wait_for(folder / STATE, running)
@@ -296,9 +284,7 @@ def hostile(folder: Path, **options: Any) -> None:
     [MODEL, METRICS, *(pytest.param(name, marks=pytest.mark.slow) for name in FILES if name not in (MODEL, METRICS))],
 )
 @pytest.mark.parametrize("sign", ["", ".partial"])
-def test_a_link_out_of_the_folder_is_replaced_and_not_followed(
-    server: Server, copy: Path, tmp_path: Path, name: str, sign: str
-) -> None:
+def test_a_link_out_of_the_folder_is_replaced_and_not_followed(server, copy, tmp_path, name, sign):
     """The name itself, or that of the half-written file beside it."""
     outside = tmp_path / "outside"
     outside.mkdir()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_server import OWNER, TOKEN, Hub, serve_hub
+from hub_server import OWNER, TOKEN, serve_hub
 from small_run import silent
 
 from ppl_vae import load, runs, save
@@ -66,19 +66,19 @@ def is_same_model(one: str | Path, other: str | Path) -> bool:
 # --- There and back ---
 
 
-def test_a_pushed_model_is_the_export_and_loads_as_the_run(hub: Hub, run: Path) -> None:
+def test_a_pushed_model_is_the_export_and_loads_as_the_run(hub, run):
     folder = push(run)
     assert hub.files(MODEL) == {path.name: path.read_bytes() for path in folder.iterdir()}
     assert hub.repositories[MODEL].private
     assert is_same_model(f"hf://{MODEL}", run)
 
 
-def test_the_card_of_a_pushed_model_says_how_to_load_it_from_there(hub: Hub, run: Path) -> None:
+def test_the_card_of_a_pushed_model_says_how_to_load_it_from_there(hub, run):
     push(run)
     assert f'vae = load("hf://{MODEL}")' in hub.files(MODEL)["README.md"].decode()
 
 
-def test_a_second_push_leaves_no_evaluation_of_the_first_weights(hub: Hub, run: Path, tmp_path: Path) -> None:
+def test_a_second_push_leaves_no_evaluation_of_the_first_weights(hub, run, tmp_path):
     push(run)
     first = next(reversed(hub.repositories[MODEL].commits))
     hub.add(MODEL, hub.files(MODEL) | {"notes.txt": b"the owner's", "figures/prior_samples.png": b"old"})
@@ -89,7 +89,7 @@ def test_a_second_push_leaves_no_evaluation_of_the_first_weights(hub: Hub, run: 
     assert is_same_model(f"hf://{MODEL}@{first}", run)
 
 
-def test_only_the_files_of_a_model_are_downloaded(hub: Hub, run: Path) -> None:
+def test_only_the_files_of_a_model_are_downloaded(hub, run):
     push(run)
     hub.add(MODEL, hub.files(MODEL) | {"pytorch_model.bin": b"a pickle", "config.py": b"raise SystemExit"})
     hub.asked.clear()
@@ -98,7 +98,7 @@ def test_only_the_files_of_a_model_are_downloaded(hub: Hub, run: Path) -> None:
     assert found == {"config.json", "model.safetensors", "evaluation.json"}
 
 
-def test_commands_take_an_address_and_write_beside_the_cache(hub: Hub, run: Path, tmp_path: Path) -> None:
+def test_commands_take_an_address_and_write_beside_the_cache(hub, run, tmp_path):
     push(run)
     load(f"hf://{MODEL}")
     before = sorted((tmp_path / "cache").rglob("*"))
@@ -111,7 +111,7 @@ def test_commands_take_an_address_and_write_beside_the_cache(hub: Hub, run: Path
     assert sorted((tmp_path / "cache").rglob("*")) == before
 
 
-def test_what_was_downloaded_loads_without_a_connection(hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_downloaded_loads_without_a_connection(hub, run, monkeypatch):
     push(run)
     load(f"hf://{MODEL}")
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
@@ -119,7 +119,7 @@ def test_what_was_downloaded_loads_without_a_connection(hub: Hub, run: Path, mon
 
 
 @pytest.mark.thorough
-def test_the_command_pushes_to_the_endpoint_of_the_environment(hub: Hub, run: Path, tmp_path: Path) -> None:
+def test_the_command_pushes_to_the_endpoint_of_the_environment(hub, run, tmp_path):
     theirs = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
     code = f"import ppl_vae; print(ppl_vae.load('hf://{MODEL}').likelihood.event_shape)"
     for words in (["-m", "ppl_vae", "export", str(run), "--push", MODEL], ["-c", code]):
@@ -141,7 +141,7 @@ def test_the_command_pushes_to_the_endpoint_of_the_environment(hub: Hub, run: Pa
         (f"hf://{OWNER}/no-model", "config.json: no such file"),
     ],
 )
-def test_an_address_without_a_model_is_refused(hub: Hub, address: str, words: str) -> None:
+def test_an_address_without_a_model_is_refused(hub, address, words):
     hub.add(MODEL, {})
     hub.add(f"{OWNER}/no-model", {"README.md": b""})
     with pytest.raises(ValueError, match=words) as caught:
@@ -149,14 +149,14 @@ def test_an_address_without_a_model_is_refused(hub: Hub, address: str, words: st
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_a_private_model_is_refused_without_a_token(hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_private_model_is_refused_without_a_token(hub, run, monkeypatch):
     push(run)
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(ValueError, match=r"got none; a private one needs your token"):
         load(f"hf://{MODEL}")
 
 
-def test_nothing_is_exported_without_a_token(hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_exported_without_a_token(hub, run, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(ValueError, match="expected a token that may write to the Hub, got none"):
         push(run)
@@ -165,13 +165,13 @@ def test_nothing_is_exported_without_a_token(hub: Hub, run: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize(("name", "words"), [("a/b/c", "expected USER/NAME"), (f"{MODEL}@main", "without a revision")])
-def test_a_name_that_is_none_is_refused_before_anything_is_written(hub: Hub, run: Path, name: str, words: str) -> None:
+def test_a_name_that_is_none_is_refused_before_anything_is_written(hub, run, name, words):
     with pytest.raises(ValueError, match=rf"--push: .*{words}"):
         export_run(Export(str(run), output="out", push=name), say=silent)
     assert not Path("out").exists()
 
 
-def test_a_refused_push_leaves_the_export_and_says_how_to_send_it(hub: Hub, run: Path) -> None:
+def test_a_refused_push_leaves_the_export_and_says_how_to_send_it(hub, run):
     with pytest.raises(ValueError, match=r"403 .*the export is whole in out: `hf upload") as caught:
         export_run(Export(str(run), output="out", push="other/digits"), say=silent)
     assert len(str(caught.value).splitlines()) == 1
@@ -179,7 +179,7 @@ def test_a_refused_push_leaves_the_export_and_says_how_to_send_it(hub: Hub, run:
     assert hub.repositories == {}
 
 
-def test_weights_that_are_not_taken_leave_the_repository_as_it_was(hub: Hub, run: Path) -> None:
+def test_weights_that_are_not_taken_leave_the_repository_as_it_was(hub, run):
     hub.is_full = True
     with pytest.raises(ValueError, match="the export is whole in out") as caught:
         push(run)
@@ -187,7 +187,7 @@ def test_weights_that_are_not_taken_leave_the_repository_as_it_was(hub: Hub, run
     assert hub.files(MODEL) == {}
 
 
-def test_a_hub_that_does_not_answer_is_named(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_does_not_answer_is_named(hub, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(ValueError, match=r"http://127\.0\.0\.1:9 cannot be used: ") as caught:
         load(f"hf://{MODEL}")
@@ -195,9 +195,7 @@ def test_a_hub_that_does_not_answer_is_named(hub: Hub, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("act", [lambda run: load(f"hf://{MODEL}"), push], ids=["load", "push"])
-def test_without_the_package_the_extra_is_named(
-    act, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_the_package_the_extra_is_named(act, run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ValueError, match=r"expected the package huggingface_hub.*pip install 'ppl_vae\[hub\]'"):

@@ -49,9 +49,7 @@ def endless(server: Server, dataset: Path, tmp_path: Path) -> Iterator[tuple[Pat
     ],
     ids=lambda words: words[0],
 )
-def test_a_run_that_is_training_is_refused_in_one_line_with_who_has_it(
-    endless: tuple[Path, Running], server: Server, words: tuple[str, ...]
-) -> None:
+def test_a_run_that_is_training_is_refused_in_one_line_with_who_has_it(endless, server, words):
     folder, running = endless
     done = server.run(*words, folder)
     assert done.code == 1
@@ -62,7 +60,7 @@ def test_a_run_that_is_training_is_refused_in_one_line_with_who_has_it(
 
 
 @pytest.mark.thorough
-def test_a_killed_process_leaves_a_run_that_others_may_take(endless: tuple[Path, Running]) -> None:
+def test_a_killed_process_leaves_a_run_that_others_may_take(endless):
     folder, running = endless
     running.signal(KILL)
     while not running.has_ended():
@@ -74,7 +72,7 @@ def test_a_killed_process_leaves_a_run_that_others_may_take(endless: tuple[Path,
 
 
 @pytest.mark.thorough
-def test_two_runs_in_one_new_folder_are_one(server: Server, dataset: Path, tmp_path: Path) -> None:
+def test_two_runs_in_one_new_folder_are_one(server, dataset, tmp_path):
     words = (TRAIN, "--dataset", dataset, "--run-dir", tmp_path / "run", *SMALL)
     both = [server.start(*words), server.start(*words)]
     codes = sorted(running.wait().code for running in both)
@@ -82,7 +80,7 @@ def test_two_runs_in_one_new_folder_are_one(server: Server, dataset: Path, tmp_p
     assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["test"]["num_images"] == 25
 
 
-def test_a_lock_of_another_process_is_refused(tmp_path: Path) -> None:
+def test_a_lock_of_another_process_is_refused(tmp_path):
     child = held_elsewhere(tmp_path)
     try:
         with pytest.raises(ValueError, match=rf"but process {child} on "), runs.lock_folder(tmp_path):
@@ -93,7 +91,7 @@ def test_a_lock_of_another_process_is_refused(tmp_path: Path) -> None:
         pass
 
 
-def test_a_child_that_outlives_its_killed_parent_holds_no_lock(tmp_path: Path) -> None:
+def test_a_child_that_outlives_its_killed_parent_holds_no_lock(tmp_path):
     ready, told = os.pipe()
     parent = os.fork()
     if parent == 0:
@@ -114,7 +112,7 @@ def test_a_child_that_outlives_its_killed_parent_holds_no_lock(tmp_path: Path) -
         os.kill(child, signal.SIGKILL)
 
 
-def test_what_killed_writes_left_goes_when_the_folder_is_taken(tmp_path: Path) -> None:
+def test_what_killed_writes_left_goes_when_the_folder_is_taken(tmp_path):
     (tmp_path / "figures").mkdir()
     left = [tmp_path / ".model.safetensors.partial", tmp_path / "figures" / ".latents.png.partial"]
     for path in left:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +58,7 @@ FAILURES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES.keys())
-def test_a_write_that_fails_leaves_the_old_content_and_no_partial_file(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, failure: Callable[[pytest.MonkeyPatch], None]
-) -> None:
+def test_a_write_that_fails_leaves_the_old_content_and_no_partial_file(monkeypatch, tmp_path, failure):
     (tmp_path / "file").write_bytes(b"old")
     with monkeypatch.context() as patched:
         failure(patched)
@@ -70,9 +67,7 @@ def test_a_write_that_fails_leaves_the_old_content_and_no_partial_file(
     assert ((tmp_path / "file").read_bytes(), names(tmp_path)) == (b"old", ["file"])
 
 
-def test_a_write_that_is_killed_before_the_replacement_leaves_the_old_content(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_write_that_is_killed_before_the_replacement_leaves_the_old_content(monkeypatch, tmp_path):
     def killed(source: Path, target: Path) -> None:
         raise KeyboardInterrupt
 
@@ -83,7 +78,7 @@ def test_a_write_that_is_killed_before_the_replacement_leaves_the_old_content(
     assert (tmp_path / "file").read_bytes() == b"old"
 
 
-def test_a_write_replaces_the_old_content_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
+def test_a_write_replaces_the_old_content_and_leaves_nothing_beside_it(tmp_path):
     (tmp_path / "file").write_bytes(b"a longer old content")
     runs.write_bytes(tmp_path / "file", b"new")
     assert ((tmp_path / "file").read_bytes(), names(tmp_path)) == (b"new", ["file"])
@@ -93,7 +88,7 @@ def test_a_write_replaces_the_old_content_and_leaves_nothing_beside_it(tmp_path:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_number_that_is_not_finite_is_written_as_null(tmp_path: Path, value: float) -> None:
+def test_a_number_that_is_not_finite_is_written_as_null(tmp_path, value):
     def refuse(word: str) -> None:
         raise AssertionError(f"{word} is no JSON")
 
@@ -115,7 +110,7 @@ DAMAGED_JSON = {
 
 
 @pytest.mark.parametrize("damage", DAMAGED_JSON)
-def test_damaged_json_is_named_and_refused(tmp_path: Path, damage: str) -> None:
+def test_damaged_json_is_named_and_refused(tmp_path, damage):
     content, message = DAMAGED_JSON[damage]
     (tmp_path / "file.json").write_bytes(content)
     with pytest.raises(ValueError, match=message):
@@ -134,12 +129,12 @@ def metrics(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_metrics_come_back_as_they_were(metrics: Path) -> None:
+def test_metrics_come_back_as_they_were(metrics):
     assert runs.read_metrics(metrics) == RECORDS
 
 
 @pytest.mark.parametrize("kept", [1, 10, 40])
-def test_a_half_written_last_line_is_left_out(metrics: Path, kept: int) -> None:
+def test_a_half_written_last_line_is_left_out(metrics, kept):
     """Whatever part of the line reached the disk."""
     path = metrics / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True)
@@ -160,7 +155,7 @@ DAMAGED_LINES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGED_LINES)
-def test_a_damaged_line_in_the_middle_is_named_and_refused(metrics: Path, damage: str) -> None:
+def test_a_damaged_line_in_the_middle_is_named_and_refused(metrics, damage):
     path = metrics / "metrics.jsonl"
     lines = path.read_bytes().splitlines()
     path.write_bytes(b"\n".join([lines[0], DAMAGED_LINES[damage], lines[2]]) + b"\n")
@@ -169,7 +164,7 @@ def test_a_damaged_line_in_the_middle_is_named_and_refused(metrics: Path, damage
 
 
 @pytest.mark.parametrize("step", [0, 9, 10, 15, 20, 30, 31])
-def test_mended_metrics_keep_what_lies_up_to_the_step(metrics: Path, step: int) -> None:
+def test_mended_metrics_keep_what_lies_up_to_the_step(metrics, step):
     runs.mend_metrics(metrics, step)
     assert runs.read_metrics(metrics) == [record for record in RECORDS if record["step"] <= step]
 
@@ -187,7 +182,7 @@ TENSORS = {
 
 
 @pytest.mark.parametrize("name", TENSORS)
-def test_a_tensor_comes_back_bit_for_bit(tmp_path: Path, name: str) -> None:
+def test_a_tensor_comes_back_bit_for_bit(tmp_path, name):
     runs.save_tensors(tmp_path / "file.safetensors", TENSORS, {})
     read = runs.load_tensors(tmp_path / "file.safetensors")[0][name]
     assert (read.dtype, read.shape) == (TENSORS[name].dtype, TENSORS[name].shape)
@@ -197,7 +192,7 @@ def test_a_tensor_comes_back_bit_for_bit(tmp_path: Path, name: str) -> None:
 # --- New folders ---
 
 
-def test_a_folder_that_holds_a_run_is_refused_with_the_way_to_go_on(tmp_path: Path) -> None:
+def test_a_folder_that_holds_a_run_is_refused_with_the_way_to_go_on(tmp_path):
     (tmp_path / "config.json").touch()
     with pytest.raises(ValueError, match=r"--run-dir: expected a new or empty folder, but .* exists \(--resume"):
         runs.make_run_dir(str(tmp_path), dataset="mnist", likelihood="bernoulli")
@@ -212,15 +207,13 @@ def one_second(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("dataset", ["mnist", "/some/where/mnist.npz"])
-def test_a_default_name_is_data_likelihood_date_and_time(one_second: Path, dataset: str) -> None:
+def test_a_default_name_is_data_likelihood_date_and_time(one_second, dataset):
     made = runs.make_run_dir(None, dataset=dataset, likelihood="bernoulli")
     assert made == Path("runs/mnist-bernoulli-20300102-030405")
     assert made.is_dir()
 
 
-def test_two_processes_that_take_a_default_name_at_once_get_two_folders(
-    monkeypatch: pytest.MonkeyPatch, one_second: Path
-) -> None:
+def test_two_processes_that_take_a_default_name_at_once_get_two_folders(monkeypatch, one_second):
     """A folder may appear after its name was found to be free: as if none existed while names are looked at."""
     monkeypatch.setattr(Path, "exists", lambda path, **_: False)
     made = {runs.make_run_dir(None, dataset="mnist", likelihood="bernoulli") for _ in range(2)}

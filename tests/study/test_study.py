@@ -26,13 +26,13 @@ STORED = Path(__file__).parents[2] / "scripts" / "results"
 # --- The whole ---
 
 
-def test_every_planned_run_is_measured(numbers: StudyNumbers) -> None:
+def test_every_planned_run_is_measured(numbers):
     planned = [each.name for each in plan.plan(TINY, ["bars"], num_labels=300)]
     assert [*numbers.runs, *numbers.labelled] == planned
     assert list(numbers.labelled) == ["bars-labels-20"]
 
 
-def test_a_semi_supervised_run_is_measured_on_the_base_s_images(study: Study) -> None:
+def test_a_semi_supervised_run_is_measured_on_the_base_s_images(study):
     folder, numbers = study
     found = numbers.labelled["bars-labels-20"]
     one, base = (read_per_image(folder / "runs" / name, "test").result for name in ("bars-labels-20", "bars-beta-1"))
@@ -42,27 +42,23 @@ def test_a_semi_supervised_run_is_measured_on_the_base_s_images(study: Study) ->
     assert (folder / found.picture).exists()
 
 
-def test_study_json_holds_the_numbers_and_nothing_else(study: Study) -> None:
+def test_study_json_holds_the_numbers_and_nothing_else(study):
     assert to_json(study[1]) == runs.read_json(study[0] / "study.json")
 
 
 @pytest.mark.thorough
-def test_a_killed_study_ends_with_the_numbers_of_an_uninterrupted_one(
-    numbers: StudyNumbers, tmp_path: Path, bars_file: Path
-) -> None:
+def test_a_killed_study_ends_with_the_numbers_of_an_uninterrupted_one(numbers, tmp_path, bars_file):
     uninterrupted = run_tiny_study(tmp_path / "whole", bars_file)
     assert without_times(to_json(numbers)) == without_times(to_json(uninterrupted))
 
 
-def test_a_finished_study_trains_and_measures_nothing_again(
-    study: Study, bars_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_finished_study_trains_and_measures_nothing_again(study, bars_file, monkeypatch):
     monkeypatch.setattr(run, "train_or_resume", raise_killed)
     monkeypatch.setattr(measure, "measure", raise_killed)
     assert without_times(to_json(run_tiny_study(study[0], bars_file))) == without_times(to_json(study[1]))
 
 
-def test_the_stored_study_is_that_of_the_planned_runs() -> None:
+def test_the_stored_study_is_that_of_the_planned_runs():
     stored = {name: each.options for name, each in read_study(STORED).runs.items()}
     planned = {each.name: each.options for each in plan.plan(DEFAULT, RunStudy().datasets)}
     few = plan.plan_labels(DEFAULT, "mnist", 50_000)
@@ -79,7 +75,7 @@ def test_the_stored_study_is_that_of_the_planned_runs() -> None:
 # --- Refusals ---
 
 
-def test_a_folder_with_a_study_of_another_size_is_refused(study: Study, bars_file: Path) -> None:
+def test_a_folder_with_a_study_of_another_size_is_refused(study, bars_file):
     with pytest.raises(ValueError, match="others in epochs"):
         run_tiny_study(study[0], bars_file, replace(TINY, epochs=2))
 
@@ -87,7 +83,7 @@ def test_a_folder_with_a_study_of_another_size_is_refused(study: Study, bars_fil
 # --- The numbers ---
 
 
-def test_a_paired_difference_is_that_of_the_images(study: Study) -> None:
+def test_a_paired_difference_is_that_of_the_images(study):
     folder, numbers = study
     found = numbers.differences["beta"]["bars-beta-0.1"].log_likelihood
     a, b = (read_per_image(folder / "runs" / name, "test") for name in ("bars-beta-1", "bars-beta-0.1"))
@@ -99,9 +95,7 @@ def test_a_paired_difference_is_that_of_the_images(study: Study) -> None:
 
 
 @pytest.mark.parametrize("changed", [{"num_particles": 1000}, {"seed": 1}])
-def test_evaluations_with_other_particles_or_another_seed_are_not_subtracted(
-    study: Study, changed: dict[str, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_evaluations_with_other_particles_or_another_seed_are_not_subtracted(study, changed, monkeypatch):
     stored = {"a": read_per_image(study[0] / "runs" / "bars-beta-1", "test")}
     assert stored["a"] is not None
     stored["b"] = replace(stored["a"], **changed)
@@ -114,14 +108,12 @@ def pixels_seen(bars_file: Path) -> np.ndarray:
     return data.evaluation_images(data.load(str(bars_file)), "train", "dynamic").flatten(1).double().numpy()
 
 
-def test_eigenvalues_in_noise_units_are_those_of_the_pixels_correlations(
-    numbers: StudyNumbers, bars_file: Path
-) -> None:
+def test_eigenvalues_in_noise_units_are_those_of_the_pixels_correlations(numbers, bars_file):
     expected = np.linalg.eigvalsh(np.corrcoef(pixels_seen(bars_file).T))[::-1]
     np.testing.assert_allclose(numbers.data["bars"].eigenvalues, expected, rtol=0.02)  # marginals are smoothed
 
 
-def test_directions_are_kept_above_the_eigenvalues_of_permuted_pixels(numbers: StudyNumbers, bars_file: Path) -> None:
+def test_directions_are_kept_above_the_eigenvalues_of_permuted_pixels(numbers, bars_file):
     x = pixels_seen(bars_file)
     edge = np.linalg.eigvalsh(np.corrcoef(np.random.default_rng(0).permuted(x, axis=0).T))[-1]
     assert numbers.data["bars"].edge == pytest.approx(edge, rel=0.1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pyro
@@ -47,7 +46,7 @@ def trained(
 
 
 @pytest.mark.parametrize("average_decay", [0.0, 0.9])
-def test_the_last_weights_are_kept_where_they_are_asked_for(average_decay: float) -> None:
+def test_the_last_weights_are_kept_where_they_are_asked_for(average_decay):
     vae, state, last = trained(keep_last=True, average_decay=average_decay)
     assert state.best_step == state.step
     for name, w in vae.named_parameters():
@@ -55,7 +54,7 @@ def test_the_last_weights_are_kept_where_they_are_asked_for(average_decay: float
 
 
 @pytest.mark.parametrize("average_decay", [0.0, 0.9])
-def test_the_weights_at_the_start_are_kept_where_no_epoch_has_better_ones(average_decay: float) -> None:
+def test_the_weights_at_the_start_are_kept_where_no_epoch_has_better_ones(average_decay):
     pyro.set_rng_seed(0)
     fresh = build_vae(replace(SMALL, binarization="none"), (1, 4, 4)).state_dict()
     vae, state, _ = trained(keep_start=True, average_decay=average_decay)
@@ -78,8 +77,6 @@ def test_the_weights_at_the_start_are_kept_where_no_epoch_has_better_ones(averag
     ],
     ids=str,
 )
-def test_a_beta_is_shown_as_it_ends_unless_asked_otherwise(
-    tmp_path: Path, asked: dict[str, Any], expected: str
-) -> None:
+def test_a_beta_is_shown_as_it_ends_unless_asked_otherwise(tmp_path, asked, expected):
     options = replace(SMALL, dataset=str(save_bars(tmp_path / "bars.npz")), **asked)
     assert resolve(options, load_splits(options)).keep == expected

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import partial
 from operator import attrgetter
-from pathlib import Path
 from typing import Any
 
 import per_image
@@ -58,9 +57,7 @@ def trained(x: Tensor, *, skip_norm: float | None, epochs: int = 1, **options: A
 @pytest.mark.thorough
 @pytest.mark.parametrize("compile", [False, True], ids=["eager", "captured"])
 @pytest.mark.parametrize("factor", [1e6, torch.inf, torch.nan], ids=str)
-def test_a_step_whose_gradient_is_astronomical_is_left_out_and_counted(
-    graphs: Any, monkeypatch: pytest.MonkeyPatch, factor: float, compile: bool
-) -> None:
+def test_a_step_whose_gradient_is_astronomical_is_left_out_and_counted(graphs, monkeypatch, factor, compile):
     monkeypatch.setitem(globals(), "FACTOR", factor)
     before: list[dict[str, Tensor]] = []
     changed: list[bool] = []
@@ -78,9 +75,7 @@ def test_a_step_whose_gradient_is_astronomical_is_left_out_and_counted(
 
 @pytest.mark.parametrize("compile", [False, True], ids=["eager", "captured"])
 @pytest.mark.parametrize("first", [True, False], ids=["the first step too", "not the first"])
-def test_after_steps_that_are_left_out_the_weights_are_those_of_adam_with_a_count_of_all_steps(
-    graphs: Any, first: bool, compile: bool
-) -> None:
+def test_after_steps_that_are_left_out_the_weights_are_those_of_adam_with_a_count_of_all_steps(graphs, first, compile):
     """Adam written out, in float64."""
     left_out = {0, 1, 4} if first else {2, 4}
     x = torch.ones(STEPS, 1, 4, 4)
@@ -135,7 +130,7 @@ class Fragile(torch.nn.Module):
 
 
 @pytest.mark.parametrize("compile", [False, True], ids=["eager", "captured"])
-def test_a_value_that_is_not_finite_in_the_first_epoch_is_left_out_and_no_error(graphs: Any, compile: bool) -> None:
+def test_a_value_that_is_not_finite_in_the_first_epoch_is_left_out_and_no_error(graphs, compile):
     vae = fresh()
     x = images()
     order = epoch_batches(60, 10, seed=0, epoch=0, device=torch.device("cpu"))
@@ -159,12 +154,12 @@ def all_but_one(model: Any, guide: Any, x: Tensor, *, beta: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("compile", [False, True], ids=["eager", "captured"])
-def test_a_training_that_leaves_too_much_out_ends(graphs: Any, compile: bool) -> None:
+def test_a_training_that_leaves_too_much_out_ends(graphs, compile):
     with pytest.raises(NotFinite, match=r"step 126: 105 steps so far had a gradient above skip_norm"):
         trained(marked(), skip_norm=1e3, objective=all_but_one, epochs=30, compile=compile)
 
 
-def test_what_was_left_out_is_said_and_known_after_a_resumption(tmp_path: Path) -> None:
+def test_what_was_left_out_is_said_and_known_after_a_resumption(tmp_path):
     _, state = trained(marked(), skip_norm=1e3, objective=steep, epochs=2)
     tensors, scalars = state.to_tensors()
     again = TrainingState(fresh())
@@ -175,7 +170,7 @@ def test_what_was_left_out_is_said_and_known_after_a_resumption(tmp_path: Path) 
 # --- The bound that chooses ---
 
 
-def test_the_weights_of_an_importance_weighted_training_are_chosen_by_its_bound() -> None:
+def test_the_weights_of_an_importance_weighted_training_are_chosen_by_its_bound():
     x, vae, records = images(), fresh(), []
     state = fit(
         vae,

@@ -54,7 +54,7 @@ def numbered(num_images: int, *shape: int) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float64, torch.bfloat16])
-def test_every_batch_is_there_when_its_turn_comes(dtype: torch.dtype) -> None:
+def test_every_batch_is_there_when_its_turn_comes(dtype):
     train = numbered(103, 2, 3).to(dtype)
     source = Streamed(train, CPU, 10)
     batches = torch.randperm(103, generator=torch.Generator().manual_seed(1)).split(10)
@@ -65,7 +65,7 @@ def test_every_batch_is_there_when_its_turn_comes(dtype: torch.dtype) -> None:
 # --- Its thread ---
 
 
-def test_what_goes_wrong_in_the_thread_is_raised_in_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_goes_wrong_in_the_thread_is_raised_in_the_training(monkeypatch):
     calls = []
 
     def fail(source: Streamed, index: Tensor) -> list[Tensor]:
@@ -111,7 +111,7 @@ def trained(train: Tensor, **options: Any) -> tuple[dict[str, Tensor], dict[str,
 
 
 @pytest.mark.parametrize("options", [{}, {"skip_norm": 1e6}, {"batch_size": 200}], ids=str)
-def test_streamed_images_train_the_same_weights_bit_for_bit(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_streamed_images_train_the_same_weights_bit_for_bit(tmp_path, options):
     resident, scalars = trained(levels(), **options)
     streamed, others = trained(mapped(tmp_path, levels()), stream=True, **options)
     assert [name for name in resident if not torch.equal(resident[name], streamed[name])] == []
@@ -120,13 +120,13 @@ def test_streamed_images_train_the_same_weights_bit_for_bit(tmp_path: Path, opti
 
 
 @pytest.mark.thorough
-def test_streamed_images_train_the_same_weights_bit_for_bit_when_compiled(tmp_path: Path) -> None:
+def test_streamed_images_train_the_same_weights_bit_for_bit_when_compiled(tmp_path):
     resident, _ = trained(levels(), compile=True)
     streamed, _ = trained(mapped(tmp_path, levels()), compile=True, stream=True)
     assert [name for name in resident if not torch.equal(resident[name], streamed[name])] == []
 
 
-def test_an_interrupted_streamed_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
+def test_an_interrupted_streamed_training_goes_on_bit_for_bit(tmp_path):
     train = mapped(tmp_path, levels())
     whole, _ = trained(train, stream=True)
     states = []
@@ -146,7 +146,7 @@ def test_an_interrupted_streamed_training_goes_on_bit_for_bit(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_failure_is_told_with_its_own_images(compile: bool) -> None:
+def test_a_failure_is_told_with_its_own_images(compile):
     train = torch.rand(40, 64).round()
     bad = 23
 
@@ -173,9 +173,7 @@ def test_a_failure_is_told_with_its_own_images(compile: bool) -> None:
 
 
 @pytest.mark.parametrize(("available", "expected"), [(2 * 75 * 64 + 1, False), (2 * 75 * 64 - 1, True)])
-def test_a_mapped_file_larger_than_half_the_memory_streams(
-    monkeypatch: pytest.MonkeyPatch, available: int, expected: bool
-) -> None:
+def test_a_mapped_file_larger_than_half_the_memory_streams(monkeypatch, available, expected):
     monkeypatch.setattr(steps, "is_mapped", lambda tensor: True)
     monkeypatch.setattr(steps, "get_available_memory", lambda: available)
     assert exceeds_memory(levels(), CPU) is expected
@@ -185,7 +183,7 @@ def test_a_mapped_file_larger_than_half_the_memory_streams(
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu_every_batch_is_there_when_its_turn_comes() -> None:
+def test_on_a_gpu_every_batch_is_there_when_its_turn_comes():
     train = numbered(2003, 100)
     source = Streamed(train, torch.device("cuda"), 10)
     wrong = torch.zeros((), dtype=torch.int64, device="cuda")

@@ -88,14 +88,7 @@ def _mean_over_pixels(options: Options) -> Callable[[Path], None]:
         pyro.set_rng_seed(0)
         vae = build_vae(options, splits.event_shape)
         initialize_output_bias(vae, data.expected_images(splits, "dynamic"))
-        fit(
-            vae,
-            stored,
-            epochs=options.epochs,
-            objective=average_over_pixels,
-            transform=transform,
-            learning_rate=3e-3,
-        )
+        fit(vae, stored, epochs=options.epochs, objective=average_over_pixels, transform=transform, learning_rate=3e-3)
         save(vae, folder, options)
 
     return make

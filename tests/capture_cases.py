@@ -129,10 +129,7 @@ class Case(NamedTuple):
 
     def eager(self, index, *, beta, seed):
         return eager_loss_and_gradient(
-            self.vae,
-            lambda x: self.objective(self.vae.model, self.vae.guide, x, beta=beta),
-            self.x[index],
-            seed=seed,
+            self.vae, lambda x: self.objective(self.vae.model, self.vae.guide, x, beta=beta), self.x[index], seed=seed
         )
 
 

@@ -268,10 +268,7 @@ def damages(places: tuple[float, ...] = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)) -> 
     return (
         found
         | {"cut at its last byte": lambda path: path.write_bytes(path.read_bytes()[:-1])}
-        | {
-            "gone": remove,
-            "a folder": become_a_folder,
-        }
+        | {"gone": remove, "a folder": become_a_folder}
     )
 
 

@@ -13,10 +13,7 @@ from ppl_vae import runs
 from ppl_vae.commands import reproduce as reproduction
 from ppl_vae.commands import run_series
 from ppl_vae.commands.options import Reproduce
-from ppl_vae.commands.reproduce import (
-    reproduce_recipe,
-    shorten_stages,
-)
+from ppl_vae.commands.reproduce import reproduce_recipe, shorten_stages
 from ppl_vae.runs import recipes
 from ppl_vae.runs.recipes import Published, Recipe
 from ppl_vae.runs.results import to_json

@@ -62,10 +62,7 @@ def test_a_picture_with_a_palette_has_its_colors_and_one_in_black_and_white_its_
     [
         (TensorDataset(LEVELS[:0]), "expected a length and at least one item, got none in TensorDataset"),
         (Items(), "expected a length and at least one item, got none in Items"),
-        (
-            Items(torch.zeros(1, 2, 2), torch.zeros(1, 3, 3)),
-            r"images of one shape, got \(1, 2, 2\), \(1, 3, 3\)",
-        ),
+        (Items(torch.zeros(1, 2, 2), torch.zeros(1, 3, 3)), r"images of one shape, got \(1, 2, 2\), \(1, 3, 3\)"),
     ],
 )
 def test_a_dataset_that_is_no_stack_of_images_is_refused_in_one_line(dataset, words):

@@ -12,10 +12,7 @@ import scipy.stats
 import torch
 from torch.testing import assert_close
 
-from ppl_vae.diagnostics.pictures import (
-    find_principal_directions,
-    latent_quantiles,
-)
+from ppl_vae.diagnostics.pictures import find_principal_directions, latent_quantiles
 from ppl_vae.evidence.moments import compute_moments, encode
 
 

@@ -13,13 +13,7 @@ from ppl_vae.diagnostics import verdicts as judge
 from ppl_vae.diagnostics.aggregate import Holes, KolmogorovSmirnov, LatentMoments, TwoSample
 from ppl_vae.diagnostics.latents import ActiveUnits, PerLatent
 from ppl_vae.diagnostics.likelihood import NoiseSpectrum, PixelCalibration
-from ppl_vae.diagnostics.measurement import (
-    AggregateNumbers,
-    EstimateQuality,
-    Measurements,
-    PictureNumbers,
-    TrainedWith,
-)
+from ppl_vae.diagnostics.measurement import AggregateNumbers, EstimateQuality, Measurements, PictureNumbers, TrainedWith
 from ppl_vae.diagnostics.verdicts import Verdict, verdicts
 from ppl_vae.evidence.estimate import Estimate
 

@@ -86,10 +86,7 @@ def test_with_the_exact_guide_every_weight_is_the_evidence():
     exact = LinearGaussian.random(orthogonal=True)
     vae = exact.vae()
     x, z = simulate(vae, 4)
-    for result in (
-        lower(vae, x, _fixed(10, 4), num_chains=5),
-        upper(vae, x, z, _fixed(10, 4), num_chains=5),
-    ):
+    for result in (lower(vae, x, _fixed(10, 4), num_chains=5), upper(vae, x, z, _fixed(10, 4), num_chains=5)):
         assert result.log_w.dtype == torch.double
         assert_close(result.log_w, exact.log_evidence(x).expand(5, 4), rtol=0, atol=1e-11)
 

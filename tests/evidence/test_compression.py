@@ -195,8 +195,7 @@ def hierarchy(upward, *, decoder_input="bottom", num_layers=3):
     torch.manual_seed(0)
     dims = (L, 3, 2)[:num_layers]
     prior = LayeredPrior(
-        StandardNormal(dims[-1]),
-        [conditional(above, DiagonalNormal(n)) for n, above in pairwise(dims)],
+        StandardNormal(dims[-1]), [conditional(above, DiagonalNormal(n)) for n, above in pairwise(dims)]
     )
     if upward:
         guide = BottomUp([conditional(n, DiagonalNormal(m)) for n, m in zip((D, *dims), dims, strict=False)])

@@ -109,10 +109,7 @@ def _hierarchical():
     torch.manual_seed(0)
     prior = LayeredPrior(StandardNormal(2), [Conditional(MLP(2, 6, hidden=(4,)), DiagonalNormal(3))])
     posterior = BottomUp(
-        [
-            Conditional(MLP(6, 6, hidden=(4,)), DiagonalNormal(3)),
-            Conditional(MLP(3, 4, hidden=(4,)), DiagonalNormal(2)),
-        ]
+        [Conditional(MLP(6, 6, hidden=(4,)), DiagonalNormal(3)), Conditional(MLP(3, 4, hidden=(4,)), DiagonalNormal(2))]
     )
     decoder = Conditional(BottomLayerOnly(MLP(3, 6, hidden=(4,)), prior.latent_dims), Bernoulli((6,)))
     return HierarchicalVAE(prior, decoder, posterior).double()

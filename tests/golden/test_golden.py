@@ -25,8 +25,7 @@ THOROUGH = ("training_captured", "certificate", "run_folder_names")  # 5 to 40 s
 
 
 @pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=pytest.mark.thorough) if name in THOROUGH else name for name in CASES],
+    "name", [pytest.param(name, marks=pytest.mark.thorough) if name in THOROUGH else name for name in CASES]
 )
 def test_the_program_reproduces_the_golden_numbers(name, folder):
     check(name, compute(name, folder))

@@ -314,10 +314,7 @@ GUIDES = {
         lambda B: NonreparameterizedNormal(torch.zeros(B, 3), torch.ones(3)).to_event(1),
         "expected a reparametrized guide, got Independent",
     ),
-    "deterministic": (
-        lambda B: dist.Delta(torch.zeros(B, 3), event_dim=1),
-        r"got a deterministic one \(Delta\)",
-    ),
+    "deterministic": (lambda B: dist.Delta(torch.zeros(B, 3), event_dim=1), r"got a deterministic one \(Delta\)"),
 }
 
 

@@ -14,12 +14,7 @@ from scipy.stats import kstest
 from torch.testing import assert_close
 
 from ppl_vae.parts import registry
-from ppl_vae.parts.flows import (
-    SPLINE_BOUND,
-    ElementwiseAffine,
-    Permutation,
-    spline,
-)
+from ppl_vae.parts.flows import SPLINE_BOUND, ElementwiseAffine, Permutation, spline
 from ppl_vae.parts.priors import Pushforward, StandardNormal, stack_couplings
 
 COUPLINGS = {word: part.load() for word, part in registry.COUPLINGS.items()}

@@ -10,11 +10,7 @@ import pytest
 import torch
 from capture_cases import as_stored
 from fitting import fit
-from oracles import (
-    LinearGaussian,
-    draws_have_the_moments_of_the_density,
-    quadrature_grid,
-)
+from oracles import LinearGaussian, draws_have_the_moments_of_the_density, quadrature_grid
 from pyro.distributions import Categorical, MixtureSameFamily
 from random_weights import at_random
 from scipy.stats import kstest

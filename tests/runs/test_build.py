@@ -10,17 +10,8 @@ import torch
 
 from ppl_vae import data
 from ppl_vae.commands.train import train_run
-from ppl_vae.parts.registry import (
-    COUPLINGS,
-    LIKELIHOODS,
-    NETWORKS,
-    POSTERIOR_FLOWS,
-    POSTERIORS,
-    PRIORS,
-)
-from ppl_vae.parts.registry import (
-    TABLES as CHOICES,
-)
+from ppl_vae.parts.registry import COUPLINGS, LIKELIHOODS, NETWORKS, POSTERIOR_FLOWS, POSTERIORS, PRIORS
+from ppl_vae.parts.registry import TABLES as CHOICES
 from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.options import Options, format_flag
 from ppl_vae.runs.resolve import resolve
@@ -28,12 +19,7 @@ from ppl_vae.runs.resolve import resolve
 P, Q = len(PRIORS), len(POSTERIORS)
 # Every pair of words of two tables is in one of these combinations, as the next test shows.
 COMBINATIONS = [
-    (
-        network,
-        likelihood,
-        list(PRIORS)[(i + j) % P],
-        list(POSTERIORS)[(i + j // P) % Q],
-    )
+    (network, likelihood, list(PRIORS)[(i + j) % P], list(POSTERIORS)[(i + j // P) % Q])
     for i, network in enumerate(NETWORKS)
     for j, likelihood in enumerate(LIKELIHOODS)
 ]

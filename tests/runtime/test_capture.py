@@ -9,14 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 import torch._inductor.compile_fx as compiler
-from capture_cases import (
-    count_operators,
-    elbo,
-    fit_captured,
-    flat_weights,
-    make_images,
-    make_vae,
-)
+from capture_cases import count_operators, elbo, fit_captured, flat_weights, make_images, make_vae
 from pyro.infer import JitTrace_ELBO, RenyiELBO, TraceEnum_ELBO, TraceGraph_ELBO
 from torch import nn
 from torch.testing import assert_close

@@ -45,15 +45,15 @@ def load_arrays(path: Path, *, missing: str = "forbid") -> Splits:
     try:
         status = os.stat(path)
         if path.suffix.lower() != ".npy" or status.st_size <= storage.LARGE:
-            return storage.read_into_memory(_draft(path, missing))
-        words = {"array": "own"} | ({} if missing == "forbid" else {"missing": missing})
-        key = storage.make_key(path, words, [status.st_size, status.st_mtime_ns])
-        return storage.load_cached(key, path.name, lambda _: _draft(path, missing))
+            return _read(path, missing, None)
+        options = {"array": "own"} | ({} if missing == "forbid" else {"missing": missing})
+        state = [status.st_size, status.st_mtime_ns]
+        return storage.load_cached(path, options, state, lambda to: _read(path, missing, to))
     except OSError as error:
         raise ValueError(f"dataset: {path} cannot be read: {error.strerror}") from None
 
 
-def _draft(path: Path, missing: str) -> storage.Draft:
+def _read(path: Path, missing: str, to: Path | None) -> Splits:
     sha256 = storage.compute_sha256(path)
     arrays, ignored = read_arrays(path, _find_roles)
     if "train" not in arrays:
@@ -86,17 +86,21 @@ def _draft(path: Path, missing: str) -> storage.Draft:
             for part in rows[split].split(_count_rows(source)):
                 yield np.ascontiguousarray(source[part.numpy()], dtype=str(dtype).removeprefix("torch."))
 
-    splits = Splits(
+    sizes = [len(rows[split]) for split in SPLIT_ORDER]
+    stored = storage.collect(iterate_blocks(), (sum(sizes), *shapes.pop()), dtype, to)
+    train, validation, test = stored.split(sizes)
+    return Splits(
         path.name,
         kind,
-        *storage.outline(rows, shapes.pop(), dtype),
+        train,
+        validation,
+        test,
         sha256=sha256,
         split=words,
         labels=numbers,
         class_names=labels.class_names,
         notes=(*_describe_shape(given["train"].shape), *labels.notes, *note),
     )
-    return storage.Draft(splits, iterate_blocks())
 
 
 def _find_roles(names: list[str]) -> dict[str, str]:

@@ -18,36 +18,24 @@ from posixpath import commonpath
 from typing import NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from ppl_vae.data.image_file import list_formats
+from ppl_vae.data.image_file import EXTENSIONS
 from ppl_vae.data.splits import abbreviate
 from ppl_vae.runtime.errors import pluralize
 
 # --- Files ---
 
 
-class FoundFiles(NamedTuple):
-    """Files below a folder: the names of image files, sorted, and the number of others by the ends of their names."""
+def find_images(root: Path) -> tuple[tuple[str, ...], Counter[str]]:
+    """Find image files by extension, recursively; links are followed, but not in circles.
 
-    images: tuple[str, ...]
-    others: Counter[str]
+    Returns:
+        Their sorted names, and the number of other files by the ends of their names, which ``describe_others`` takes.
 
-    def describe_others(self) -> str:
-        """Count the other files, in all and of each kind: "3 other files (2 .csv, 1 without an extension)"."""
-        if not self.others:
-            return "an empty folder"
-        kinds = [f"{count:,} {kind or 'without an extension'}" for kind, count in self.others.most_common()]
-        return f"{pluralize(self.others.total(), 'other file')} ({abbreviate(kinds)})"
-
-
-def find_images(root: Path) -> FoundFiles:
-    """Find image files by extension, recursively, sorted by name; links are followed, but not in circles.
-
-    A folder that cannot be opened raises ValueError: a whole split or class could be missing.
+    Raises:
+        ValueError: A folder cannot be opened; a whole split or class could be missing.
     """
-    extensions = {end for end, name in Image.registered_extensions().items() if name in list_formats()}
     images: list[str] = []
     others: Counter[str] = Counter()
 
@@ -58,15 +46,21 @@ def find_images(root: Path) -> FoundFiles:
 
     for folder, below, names in os.walk(root, onerror=refuse, followlinks=True):
         below[:] = [name for name in below if not name.startswith(".") and not _leads_back(Path(folder, name))]
-        for name in names:
-            if name.startswith("."):
-                continue
-            kind = Path(name).suffix.lower()
-            if kind in extensions:
-                images.append((Path(folder) / name).relative_to(root).as_posix())
+        for path in (Path(folder, name) for name in names if not name.startswith(".")):
+            kind = path.suffix.lower()
+            if kind in EXTENSIONS and path.is_file():  # a link to nothing is none
+                images.append(path.relative_to(root).as_posix())
             else:
                 others[kind] += 1
-    return FoundFiles(tuple(sorted(images)), others)
+    return tuple(sorted(images)), others
+
+
+def describe_others(others: Counter[str]) -> str:
+    """Count the files that are no images, in all and of each kind: "3 other files (2 .csv, 1 without an extension)"."""
+    if not others:
+        return "an empty folder"
+    kinds = [f"{count:,} {kind or 'without an extension'}" for kind, count in others.most_common()]
+    return f"{pluralize(others.total(), 'other file')} ({abbreviate(kinds)})"
 
 
 def _leads_back(folder: Path) -> bool:
@@ -78,24 +72,11 @@ def _leads_back(folder: Path) -> bool:
 
 _SPLIT_FOLDERS = {"train": "train", "test": "test"} | dict.fromkeys(("valid", "validation", "val"), "validation")
 
-# A word in a folder's name that names a split ("train", "testset", "trainval"); the group says which split.
+# A word that names a split: "train", "testset", "trainval", "dev".
 _SPLIT_WORD = re.compile(
-    r"x?(?:(train|training)|(tests?|testing)|(val|valid|validate|validation|eval|evaluation|dev|devel|development|holdout))+"
-    r"(?:sets?|data|images)?"
+    r"x?(train|training|tests?|testing|val|valid|validate|validation|eval|evaluation|dev|development|holdout)+"
+    r"(sets?|data|images)?"
 )
-# Short forms name a split only beside another one ("imagesTr" and "imagesTs"): "tr" alone may be a language.
-_SHORT_SPLIT_WORD = re.compile(r"(trn?)|(tst?|te)|(va|vld?)")
-# Words that leave it the name of a split: "test_images", "train_64x64", "trainA", "valid_HR".
-_QUALIFIER = re.compile(
-    r"\d+|[^\W\d_]|sets?|data|datasets?|images?|imgs?|pics?|pictures?|photos?|split|full|small|all|final|new|old|raw|hr|lr"
-)
-
-
-class Place(NamedTuple):
-    """Split and class of an image according to its folders, or None."""
-
-    split: str | None
-    class_name: str | None
 
 
 class Layout(NamedTuple):
@@ -109,14 +90,14 @@ class Layout(NamedTuple):
         """Description of how the images were split."""
         return "by the folders in each class" if self.is_class_first else "by their folders"
 
-    def place(self, name: str) -> Place:
-        """Find the split and the class of an image from its path below the data set's folder."""
+    def place(self, name: str) -> tuple[str | None, str | None]:
+        """Find the split and the class of an image, each may be None, from its path below the data set's folder."""
         folders = _folders(name)[self.num_outer :]
         if self.is_class_first:
-            return Place(_exact_split(folders[1]), folders[0])
+            return _exact_split(folders[1]), folders[0]
         split = _exact_split(folders[0]) if folders else None
         below = folders[split is not None :]
-        return Place(split, below[0] if below else None)
+        return split, below[0] if below else None
 
 
 def find_layout(names: Iterable[str]) -> Layout:
@@ -138,17 +119,15 @@ def check_layout(root: Path, names: Iterable[str], layout: Layout) -> None:
     "train" beside other classes.
     """
     places = {_folders(name): layout.place(name) for name in names}
-    suspects = _find_split_names({folder for folders in places for folder in folders})
-    train_classes = {place.class_name for place in places.values() if place.split == "train"}
-    class_names = {name for name in train_classes if name and name.lower() == "train"} if len(train_classes) > 1 else ()
+    num_classes = len({class_name for split, class_name in places.values() if split == "train"})
     refused = set()
-    for folders, (split, class_name) in places.items():
+    for folders, (split, _) in places.items():
         # The layout has read one level as the split, and the level below it as the class.
         split_depth = layout.num_outer + layout.is_class_first if split else None
         for depth, folder in enumerate(folders):
             is_understood = depth == split_depth or (split is not None and split == _exact_split(folder))
-            is_class = depth - 1 == split_depth and class_name in class_names
-            if folder in suspects and not is_understood and not is_class:
+            is_class = depth - 1 == split_depth and folder.lower() == "train" and num_classes > 1
+            if _is_named_like_split(folder) and not is_understood and not is_class:
                 refused.add("/".join(folders[: depth + 1]))
     if refused:
         raise ValueError(
@@ -166,32 +145,11 @@ def _exact_split(folder: str) -> str | None:
     return _SPLIT_FOLDERS.get(folder.lower())
 
 
-def _find_split_names(folders: Iterable[str]) -> set[str]:
-    """Find the folders that are named like a split.
-
-    "train2017" always is one. "seg_train" is one if there is also a "seg_test" or the like, and so is "trn" beside
-    "tst". A class such as "bullet_train" or "test_tube" is none.
-    """
-    found: set[str] = set()
-    # Folders by their words, "*" for each that names a split: ("seg", "*") -> {"seg_train": [1], "seg_test": [2]}. The
-    # numbers say which split. Folders that differ in them alone are splits of one data set.
-    partners: dict[tuple[str, ...], dict[str, list[int | None]]] = {}
-    for folder in folders:
-        spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", folder).lower()
-        words = re.findall(r"\d+|[^\W\d_]+", re.sub(r"held\W?out", "holdout", spaced))
-        full = [_SPLIT_WORD.fullmatch(word) for word in words]
-        matches = [match or _SHORT_SPLIT_WORD.fullmatch(word) for match, word in zip(full, words, strict=True)]
-        if not any(matches):
-            continue
-        if any(full) and all(match or _QUALIFIER.fullmatch(word) for word, match in zip(words, matches, strict=True)):
-            found.add(folder)
-        key = tuple("*" if match else word for word, match in zip(words, matches, strict=True))
-        partners.setdefault(key, {})[folder] = [match.lastindex for match in matches if match]
-    for splits in partners.values():
-        first, *others = splits.values()
-        if any(split != first for split in others):
-            found |= splits.keys()
-    return found
+def _is_named_like_split(folder: str) -> bool:
+    """Whether one word of a folder's name names a split: "train2017", "testA", "seg_test", "held-out"."""
+    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", folder).lower()
+    words = re.findall(r"[^\W\d_]+", re.sub(r"held\W?out", "holdout", spaced))
+    return any(_SPLIT_WORD.fullmatch(word) for word in words)
 
 
 # --- Splits and classes ---
@@ -203,14 +161,14 @@ def index_splits(root: Path, names: Sequence[str], read: Sequence[str], layout: 
     Images outside the folders of splits belong to train. Images outside where there is a folder train, and a split
     without an image that can be read, raise ValueError.
     """
-    splits = [layout.place(name).split for name in names]
+    splits = [layout.place(name)[0] for name in names]
     named = {split for split in splits if split}
     outside = [name for name, split in zip(names, splits, strict=True) if split is None]
     if outside and "train" in named:
         raise ValueError(
             f"{root}: expected every image in train, valid or test, got {len(outside):,} outside: {abbreviate(outside)}"
         )
-    of_image = [layout.place(name).split or "train" for name in read]
+    of_image = [layout.place(name)[0] or "train" for name in read]
     index = {split: [i for i, own in enumerate(of_image) if own == split] for split in sorted({"train"} | named)}
     for split, rows in index.items():
         if not rows:
@@ -220,7 +178,7 @@ def index_splits(root: Path, names: Sequence[str], read: Sequence[str], layout: 
 
 def label_by_folder(names: Sequence[str], layout: Layout) -> tuple[Tensor, tuple[str, ...]]:
     """Label images by folder: (N,) int64 and class names; no names unless all images lie in two or more classes."""
-    of_image = [layout.place(name).class_name for name in names]
+    of_image = [layout.place(name)[1] for name in names]
     classes = sorted({name for name in of_image if name is not None})
     if None in of_image or len(classes) < 2:
         return torch.zeros(len(names), dtype=torch.int64), ()

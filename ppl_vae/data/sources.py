@@ -26,8 +26,8 @@ from ppl_vae.data.array_files import (
     read_labels,
 )
 from ppl_vae.data.arrays import load_arrays, summarize
-from ppl_vae.data.folder import ImageOptions, ImageReader, load_image_folder
-from ppl_vae.data.folder_layout import FoundFiles, find_images, find_layout, label_by_folder
+from ppl_vae.data.folder import ImageOptions, list_reasons, load_image_folder, read_image_files
+from ppl_vae.data.folder_layout import describe_others, find_images, find_layout, label_by_folder
 from ppl_vae.data.splits import BINARY, COUNTS, LEVELS, PROBABILITIES, REAL, Splits, abbreviate, keep_missing
 from ppl_vae.data.transforms import is_drawn, sample_binomial
 
@@ -257,30 +257,26 @@ def _load_images_from_files(path: Path, splits: Splits, fit: str) -> UserImages:
         raise ValueError(f"{path}: expected an .npz or .npy file, since the model was trained on {trained_on}")
     channels, height, width = splits.event_shape
     own_color = {1: "gray", 3: "rgb"}[channels]
-    found = find_images(path) if path.is_dir() else FoundFiles((path.name,), Counter())
-    if not found.images:
-        raise ValueError(f"{path}: expected images, got {found.describe_others()}")
-    root = path if path.is_dir() else path.parent
-    reader = ImageReader(root, found.images, ImageOptions((height, width), fit, own_color))
-    levels = np.stack([pixels.reshape(height, width, channels).transpose(2, 0, 1) for pixels in reader])
-    if unreadable := reader.unreadable:  # refused: the user asked for an answer for each image
-        got = f"{len(unreadable):,} that cannot be read: {abbreviate(unreadable)}"
-        raise ValueError("; ".join([f"{path}: expected images, got {got}", *reader.notes.list_reasons()]))
-    reader.notes.check_not_blank(path, "them", range(len(levels)), levels)
-    x = torch.from_numpy(levels).float() / 255
+    names, others = find_images(path) if path.is_dir() else ((path.name,), Counter[str]())
+    if not names:
+        raise ValueError(f"{path}: expected images, got {describe_others(others)}")
+    options = ImageOptions((height, width), fit, own_color)
+    files = read_image_files(path if path.is_dir() else path.parent, names, options)
+    if files.unreadable:  # refused: the user asked for an answer for each image
+        got = f"{len(files.unreadable):,} that cannot be read: {abbreviate(files.unreadable)}"
+        raise ValueError("; ".join([f"{path}: expected images, got {got}", *list_reasons(files.unreadable)]))
+    x = torch.from_numpy(files.images.astype(np.float32)) / 255
     if splits.kind == BINARY and not ((x == 0) | (x == 1)).all():
         raise ValueError(f"{path}: expected black and white alone (the model was trained on {splits.kind} data)")
-    numbers, classes = label_by_folder(reader.names, find_layout(reader.names))
+    numbers, classes = label_by_folder(files.names, find_layout(files.names))
     are_known = bool(classes) and set(classes) <= set(splits.class_names)
     labels = torch.tensor([splits.class_names.index(name) for name in classes])[numbers] if are_known else None
-    notes = [*reader.notes.list_notes(own_color), *reader.notes.describe_changes((height, width), fit)]
-    if found.others:
-        notes.append(f"{found.describe_others()} ignored")
+    notes = [*files.notes, *([f"{describe_others(others)} ignored"] if others else [])]
     if classes and not are_known and splits.class_names:
         notes.append(
             f"labels left out: expected folders of the classes of the training data, got {abbreviate(classes)}"
         )
-    return UserImages(x, labels, tuple(reader.names), tuple(notes))
+    return UserImages(x, labels, files.names, tuple(notes))
 
 
 # --- A torch.utils.data.Dataset ---

@@ -1,9 +1,8 @@
 """Where images lie: in memory, in mapped files, and in the cache of images that were read once.
 
-The cache has one folder per data set. In it, ``images.npy`` holds the images (N, *E), train before validation before
-test. ``splits.json`` holds all other fields of ``Splits`` and the SHA-256 of the images, below a line with the SHA-256
-of this text. The folder is written under another name and renamed when it is whole, so that nobody
-sees half of it. It may be deleted at any time.
+The cache has one folder for each data set and way of reading it. In it, ``images.npy`` holds the images (N, *E), train
+before validation before test, and ``splits.json`` holds all other fields of ``Splits``. The folder is written under
+another name and renamed when it is whole, so that nobody sees half of it. It may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -18,12 +17,10 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
-from typing import NamedTuple, TypeVar
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -143,126 +140,73 @@ def _map_tensor(mapped: np.ndarray) -> Tensor:
     return tensor
 
 
-# --- Threads ---
-
-_MOST_THREADS = 16
-_ITEMS_PER_THREAD = 4  # of the items that are worked on at once
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+# --- Blocks of images as one tensor ---
 
 
-def count_threads() -> int:
-    """Count the cores that this process may use, at most 16."""
-    return min(len(os.sched_getaffinity(0)), _MOST_THREADS)
-
-
-def map_in_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
-    """Yield function(item) for each item, in order, for work that releases the interpreter's lock.
-
-    Only a few results wait for their turn at any time.
-    """
-    size = _ITEMS_PER_THREAD * count_threads()
-    with ThreadPoolExecutor(count_threads(), "ppl_vae-data") as pool:
-        waiting: Iterator[Result] = iter(())
-        for start in range(0, len(items), size):
-            following = pool.map(function, items[start : start + size])
-            yield from waiting
-            waiting = following
-        yield from waiting
+def collect(blocks: Iterable[np.ndarray], shape: tuple[int, ...], dtype: torch.dtype, path: Path | None) -> Tensor:
+    """Collect blocks of images (n, *E) in a tensor (N, *E): in a file at ``path``, else as ``allocate`` decides."""
+    if path is None:
+        rows, start = allocate(shape, dtype), 0
+        for block in blocks:
+            rows[start : start + len(block)] = torch.from_numpy(block)
+            start += len(block)
+        return rows
+    with path.open("wb") as file:
+        descr = np.lib.format.dtype_to_descr(np.dtype(str(dtype).removeprefix("torch.")))
+        header = {"descr": descr, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        for block in progress_bar(iterable=blocks, unit="block", desc="keeping images", delay=1, leave=False):
+            file.write(np.ascontiguousarray(block).data.cast("B"))
+        file.flush()
+        os.fsync(file.fileno())  # else the images could be lost where a machine stops after the folder was renamed
+    return _map_tensor(np.load(path, mmap_mode="r"))
 
 
 # --- The cache ---
 
 # Raise this number when files are read differently than before: it makes the entries of older versions stale.
-_READER_VERSION = 8
+_READER_VERSION = 9
 
 _IMAGES, _REST = "images.npy", "splits.json"
 
 
-class CacheKey(NamedTuple):
-    """Key of a cache entry: ``prefix`` is for a path and how it is read; an entry with another ``state`` is stale."""
-
-    prefix: str
-    state: str
-
-    @property
-    def path(self) -> Path:
-        """Folder of the entry; it has another name once the source has changed."""
-        return get_cache_folder() / f"{self.prefix}-{self.state}"
-
-
-class Draft(NamedTuple):
-    """Splits whose images are still to be read.
-
-    Args:
-        splits: their images are tensors on the device "meta", with a shape and no values.
-        blocks: images (n, *E), which go through train, validation and test.
-        is_final: whether another attempt would read the same; False where a file could not be read for the moment.
-    """
-
-    splits: Splits
-    blocks: Iterator[np.ndarray]
-    is_final: bool = True
-
-
-def outline(
-    rows: Mapping[str, Tensor], event_shape: tuple[int, ...], dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The images of the three splits of a draft, as many as there are rows, without their values."""
-    train, validation, test = (
-        torch.empty((len(rows[split]), *event_shape), dtype=dtype, device="meta") for split in SPLIT_ORDER
-    )
-    return train, validation, test
-
-
-def make_key(path: Path, options: Mapping[str, object], state: Sequence[object]) -> CacheKey:
-    """Make the key of the source at a path, read with ``options``, whose files are in a state."""
-    prefix, now = ([os.path.abspath(path), dict(options)], [_READER_VERSION, state])
-    return CacheKey(*(hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16] for content in (prefix, now)))
-
-
-def load_cached(key: CacheKey, name: str, make: Callable[[bool], Draft]) -> Splits:
-    """Load splits from their entry in the cache, which is made first where it is missing, stale or damaged.
+def load_cached(
+    source: Path, options: Mapping[str, object], state: object, read: Callable[[Path | None], Splits]
+) -> Splits:
+    """Load a source from its entry in the cache, which is made first where it is missing, stale or damaged.
 
     One of several processes makes the entry, and the others wait. Where no entry can be written, one line says so, and
-    the splits are read into memory. Splits that are not final are not kept.
+    the source is read into memory.
 
     Args:
-        name: of the splits.
-        make: reads the source; its argument says whether it may write to the cache folder.
+        source: a file or a folder.
+        options: how it is read; other options have another entry.
+        state: of the files; an entry of another state is stale.
+        read: reads the source, and collects its images in the file at a path, or in memory if the path is None.
     """
-    if (found := _load(key, name)) is not None:
+    name = _hash([os.path.abspath(source), options])
+    entry, state_hash = get_cache_folder() / name, _hash([_READER_VERSION, state])
+    if (found := _load(entry, state_hash)) is not None:
         return found
     try:
-        with FileLock(_make_cache_folder() / f"{key.prefix}.lock"):
-            if (found := _load(key, name)) is not None:
+        with FileLock(_make_cache_folder() / f"{name}.lock"):
+            if (found := _load(entry, state_hash)) is not None:
                 return found
-            draft = make(True)
-            if not draft.is_final:
-                return read_into_memory(draft)
-            _write(key, draft)
-            return _read(key.path, check=False)
+            for old in (entry, *entry.parent.glob(f".{name}-*")):  # a killed process leaves one of the latter
+                shutil.rmtree(old, ignore_errors=True)
+            with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=entry.parent) as folder:
+                splits = read(Path(folder, _IMAGES))
+                _write_rest(Path(folder, _REST), splits, state_hash)
+                os.rename(folder, entry)
+                return splits
     except OSError as error:
         reason = error.strerror or error
-        say(f"{name}: not kept in the cache folder {get_cache_folder()}, but read into memory: {reason}")
-    return read_into_memory(make(False))
+        say(f"{source}: not kept in the cache folder {get_cache_folder()}, but read into memory: {reason}")
+    return read(None)
 
 
-def read_into_memory(draft: Draft) -> Splits:
-    """Read the images of a draft into memory, or into a nameless file where they are too large."""
-    sizes = _count_images(draft.splits)
-    rows = allocate((sum(sizes), *draft.splits.event_shape), draft.splits.train.dtype)
-    start = 0
-    for block in draft.blocks:
-        rows[start : start + len(block)] = torch.from_numpy(block)
-        start += len(block)
-    train, validation, test = rows.split(sizes)
-    return replace(draft.splits, train=train, validation=validation, test=test)
-
-
-def _count_images(splits: Splits) -> list[int]:
-    return [len(getattr(splits, split)) for split in SPLIT_ORDER]
+def _hash(content: object) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def compute_sha256(path: Path) -> str:
@@ -271,54 +215,25 @@ def compute_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write(key: CacheKey, draft: Draft) -> None:
-    """Write the entry, and delete entries of older states and what a killed process left."""
-    for pattern in (f".{key.prefix}-*", f"{key.prefix}-*"):
-        for old in key.path.parent.glob(pattern):
-            shutil.rmtree(old, ignore_errors=True)
-    splits = draft.splits
-    with tempfile.TemporaryDirectory(prefix=f".{key.prefix}-", dir=key.path.parent) as folder:
-        with Path(folder, _IMAGES).open("wb") as file:
-            dtype = np.dtype(str(splits.train.dtype).removeprefix("torch."))
-            shape = (sum(_count_images(splits)), *splits.event_shape)
-            header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, header)
-            with progress_bar(total=shape[0], unit="image", desc=f"keeping {splits.name}", delay=1, leave=False) as bar:
-                for block in draft.blocks:
-                    file.write(np.ascontiguousarray(block).data.cast("B"))
-                    bar.update(len(block))
-        rest = {field.name: getattr(splits, field.name) for field in fields(splits) if field.name not in SPLIT_ORDER}
-        rest["labels"] = {split: labels.tolist() for split, labels in splits.labels.items()}
-        sha256 = compute_sha256(Path(folder, _IMAGES))
-        text = json.dumps({"splits": rest, "sizes": _count_images(splits), "images": sha256})
-        Path(folder, _REST).write_text(f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}", encoding="ascii")
-        os.rename(folder, key.path)
+def _write_rest(path: Path, splits: Splits, state_hash: str) -> None:
+    rest = {field.name: getattr(splits, field.name) for field in fields(splits) if field.name not in SPLIT_ORDER}
+    rest["labels"] = {split: labels.tolist() for split, labels in splits.labels.items()}
+    sizes = [len(getattr(splits, split)) for split in SPLIT_ORDER]
+    path.write_text(json.dumps({"state": state_hash, "sizes": sizes, "splits": rest}), encoding="ascii")
 
 
-def _load(key: CacheKey, name: str) -> Splits | None:
-    """Load the entry; None where there is none to use. A damaged one is deleted, and a line says so."""
+def _load(entry: Path, state_hash: str) -> Splits | None:
+    """Load an entry; None where it is missing, stale or damaged."""
     try:
-        return _read(key.path)
-    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        header = json.loads((entry / _REST).read_text(encoding="ascii"))
+        if header["state"] != state_hash:
+            return None
+        rest = header["splits"]
+        rest |= {name: tuple(rest[name]) for name in ("class_names", "unreadable", "notes")}
+        rest["names"] = {split: tuple(names) for split, names in rest["names"].items()}
+        rest["labels"] = {split: torch.tensor(labels, dtype=torch.int64) for split, labels in rest["labels"].items()}
+        images = _map_tensor(np.load(entry / _IMAGES, mmap_mode="r"))
+        train, validation, test = images.split(header["sizes"])
+        return Splits(train=train, validation=validation, test=test, **rest)
+    except Exception:  # a damaged file raises nearly every type
         return None
-    except (OSError, ValueError) as error:
-        say(f"{key.path}: damaged ({error}); {name} is read again")
-        shutil.rmtree(key.path, ignore_errors=True)
-        return None
-
-
-def _read(entry: Path, *, check: bool = True) -> Splits:
-    """Read an entry. Raises ValueError where it is damaged; one of a moment ago needs no check."""
-    digest, _, text = (entry / _REST).read_text(encoding="ascii").partition("\n")
-    if hashlib.sha256(text.encode()).hexdigest() != digest:
-        raise ValueError(f"the checksum of {_REST} is another")
-    header = json.loads(text)
-    if check and compute_sha256(entry / _IMAGES) != header["images"]:
-        raise ValueError(f"the checksum of {_IMAGES} is another")
-    rows = _map_tensor(np.load(entry / _IMAGES, mmap_mode="r"))
-    rest = header["splits"]
-    rest |= {name: tuple(rest[name]) for name in ("class_names", "unreadable", "notes")}
-    rest["names"] = {split: tuple(names) for split, names in rest["names"].items()}
-    rest["labels"] = {split: torch.tensor(labels, dtype=torch.int64) for split, labels in rest["labels"].items()}
-    train, validation, test = rows.split(header["sizes"])
-    return Splits(train=train, validation=validation, test=test, **rest)

@@ -15,7 +15,7 @@ import pytest
 
 NUM_FILES = 10_000
 READERS = (
-    *("npy", "npz", "large npy", "cache", "further images", "mask", *fuzzing.PICTURES),
+    *("npy", "npz", "large npy", "further images", "mask", *fuzzing.PICTURES),
     *("config", "a run by its config", "evaluation", "metrics", "mended metrics", "weights", "state", "per image"),
     *("partial evaluation", "results", "certificates"),
     *("amat", "packed npz", "mat", "idx.xz"),

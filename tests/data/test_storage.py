@@ -1,9 +1,8 @@
-"""Data beyond memory: how much memory there is, tensors in files, threads, and work in parts with the same numbers."""
+"""Data beyond memory: how much memory there is, tensors in files, and work in parts with the same numbers."""
 
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -116,21 +115,3 @@ def test_the_memory_that_is_available_is_what_the_control_groups_leave(tmp_path,
         (group / "memory.current").write_text("1500000\n")
         (group / "memory.stat").write_text("anon 1\nfile 300000\n")
     assert storage.get_available_memory() == 800_000
-
-
-# --- Threads ---
-
-
-def test_results_of_threads_come_in_order_and_few_are_held(monkeypatch):
-    monkeypatch.setattr(storage, "count_threads", lambda: 4)
-    started: list[int] = []
-
-    def late(i: int) -> int:
-        started.append(i)
-        time.sleep(0.002 * (i % 3))
-        return i
-
-    results = storage.map_in_threads(late, range(200))
-    assert [next(results) for _ in range(20)] == list(range(20))
-    assert len(started) <= 20 + 2 * 4 * 4
-    assert list(results) == list(range(20, 200))

@@ -7,10 +7,16 @@ inside the functions, so that ``capture`` can report what is missing as a reason
 from __future__ import annotations
 
 import ast
+import gc
 import logging
+import os
+import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import copy_context
+from importlib.abc import Loader
+from importlib.machinery import ModuleSpec
+from importlib.util import module_from_spec, spec_from_file_location
 from threading import Thread
 from typing import Any, cast
 from unittest.mock import patch
@@ -107,15 +113,17 @@ def _options() -> dict[str, bool]:
 def busy_compiler(device: torch.device) -> Iterator[None]:
     """Keep the C++ compiler busy while Python still works on the graph.
 
-    It compiles torch's headers while the function is traced, and each kernel as soon as its code is there. When this
-    was introduced, it took the default training step from 39 s to 26 s, from an empty cache on two idle cores. The
-    digests of torch's sources, by which the cache finds a graph, are computed meanwhile as well.
+    It compiles torch's headers while the function is traced, and files of several kernels as soon as their code is
+    there. The digests of torch's sources, by which the cache finds a graph, are computed meanwhile as well. Python's
+    garbage collector rests, since almost everything that it would look at stays in use.
     """
     from torch._inductor import codecache, config
     from torch._inductor.async_compile import AsyncCompile
+    from torch._inductor.codecache import CppPythonBindingsCodeCache
     from torch._inductor.codegen.wrapper import PythonWrapperCodegen
+    from torch._inductor.cpu_vec_isa import VecISA
 
-    compiler, define = AsyncCompile(), PythonWrapperCodegen.define_kernel
+    compiler, define, load = AsyncCompile(), PythonWrapperCodegen.define_kernel, CppPythonBindingsCodeCache.load_async
 
     def define_and_start(self: Any, name: str, body: str, *rest: Any, **named: Any) -> Any:
         if body.startswith("async_compile.cpp_pybinding("):  # its arguments are types and the text of the kernel
@@ -125,14 +133,92 @@ def busy_compiler(device: torch.device) -> Iterator[None]:
 
     def prepare() -> None:
         with suppress(Exception):  # what fails here fails again, and is reported, later
-            compiler.cpp_pybinding([], 'extern "C" void kernel() {}')
+            load('extern "C" void kernel() {}', "cpu")
             codecache.torch_key()
             codecache.CacheBase.get_system()
 
-    with config.patch(_options()), patch.object(PythonWrapperCodegen, "define_kernel", define_and_start):
+    with (
+        config.patch(_options()),
+        patch.object(PythonWrapperCodegen, "define_kernel", define_and_start),
+        patch.object(CppPythonBindingsCodeCache, "load_async", _KernelFiles(load).load),
+        patch.object(VecISA, "check_build", _has_flags),
+    ):
         if device.type == "cpu":  # the thread sets no option itself: torch 2.8 has one set for all threads
             Thread(target=copy_context().run, args=[prepare], daemon=True).start()
-        yield
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if collects:
+                gc.enable()
+
+
+# Characters of code, from which on a file is compiled: some five kernels. Longer files take less time in all, shorter
+# ones leave less to do at the end.
+_FILE_LENGTH = 40_000
+
+
+class _KernelFiles:
+    """Compiles the kernels of one graph, several in one file, which spares the headers' share of the time.
+
+    A kernel's code defines a function, and a Python module with it. It stays as it is, in a namespace of its own, while
+    macros number the names that all files share. Kernels are grouped in the order in which the finished module names
+    them, so that a graph from the cache finds the same files.
+
+    Args:
+        load: Takes the code of a file, and returns the function that loads it as a module once it is compiled.
+    """
+
+    def __init__(self, load: Callable[..., Callable[[], Any]]) -> None:
+        self._load = load
+        self._loaders: dict[str, Callable[[], Any]] = {}  # by the kernel's code
+        self._codes: list[str] = []  # of the file that is not complete
+        self._modules: list[Callable[[], Any]] = []  # of complete files
+
+    def load(self, code: str, *rest: Any, **named: Any) -> Callable[[], Any]:
+        """As ``load`` for the code of one kernel."""
+        if code not in self._loaders:
+            file, place = len(self._modules), len(self._codes)
+            self._codes.append(code)
+
+            def load_kernel() -> Any:
+                if file == len(self._modules):
+                    self._finish(*rest, **named)
+                module = self._modules[file]()
+                return module if place == 0 else _load_extension(f"kernels.kernel_{place}", module.__file__)
+
+            self._loaders[code] = load_kernel
+            if sum(map(len, self._codes)) > _FILE_LENGTH:
+                self._finish(*rest, **named)
+        return self._loaders[code]
+
+    def _finish(self, *rest: Any, **named: Any) -> None:
+        codes, self._codes = self._codes, []
+        includes = dict.fromkeys(line.strip() for code in codes for line in code.splitlines() if "#include" in line)
+        parts = [*includes]
+        for place, code in enumerate(codes):
+            names = [(name, f"{name}_{place}" if place else name) for name in ("kernel", "PyInit_kernel")]
+            parts += [f"#define {name} {new}" for name, new in names if place]
+            parts += [f"namespace file_{place} {{", code, "}"]
+            parts += [f"#undef {name}" for name, _ in names if place]
+        self._modules.append(self._load("\n".join(parts), *rest, **named))
+
+
+def _load_extension(name: str, path: str) -> Any:
+    """The module whose ``PyInit_`` function has the last part of that name, from a library."""
+    spec = cast(ModuleSpec, spec_from_file_location(name, path))
+    module = module_from_spec(spec)
+    cast(Loader, spec.loader).exec_module(module)
+    return module
+
+
+def _has_flags(isa: Any, code: str) -> bool:
+    """Whether the C++ compiler knows an instruction set that the processor has. Torch compiles, links and loads."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    words = [get_cpp_compiler(), *isa.build_arch_flags().split(), "-fsyntax-only", "-x", "c++", os.devnull]
+    return subprocess.run(words, capture_output=True, check=False).returncode == 0
 
 
 def silence_cuda_warning() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 
 import pyro
@@ -12,10 +13,11 @@ import torch._inductor.compile_fx as compiler
 from capture_cases import count_operators, elbo, fit_captured, flat_weights, make_images, make_vae
 from pyro.infer import JitTrace_ELBO, RenyiELBO, TraceEnum_ELBO, TraceGraph_ELBO
 from torch import nn
+from torch._inductor.utils import clear_caches
 from torch.testing import assert_close
 
 from ppl_vae import VAE, objectives
-from ppl_vae.runtime import capture
+from ppl_vae.runtime import _inductor, capture
 from ppl_vae.runtime.errors import CannotCapture
 
 # --- What is refused ---
@@ -289,3 +291,28 @@ def test_what_is_read_before_a_change_is_not_what_is_read_after(graphs):
     expected = function(x.clone())
     for value, other in zip(capture.compile_function(function, [x])([x]), expected, strict=True):
         assert torch.equal(value, other)
+
+
+# --- The real compiler ---
+
+
+@pytest.mark.thorough
+def test_kernels_share_files_that_a_later_call_finds_again(tmp_path, monkeypatch):
+    """Four kernels, with products between them, in two files: a second one begins once the first is long enough."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(_inductor, "_FILE_LENGTH", 6000)  # a kernel has some 4,000
+    x, w = torch.randn(8, 8), torch.randn(8, 8)
+
+    def function(x, w):
+        h = (x.exp() @ w).sin()
+        return [((h @ w).cos() + 1) @ w, (h.tanh() @ w).sum(-1)]
+
+    found = []
+    for _ in range(2):
+        clear_caches()
+        run = capture.compile_function(function, [x, w])
+        assert_close(run([x, w]), tuple(function(x, w)))
+        assert gc.isenabled()
+        found.append({path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.so")})
+    assert len(found[0]) == 2
+    assert found[0] == found[1]

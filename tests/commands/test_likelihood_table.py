@@ -114,16 +114,6 @@ def test_intervals_hold_for_all_rows_at_once(table):
 # --- Going on ---
 
 
-def test_a_table_that_is_asked_for_again_takes_its_runs_as_they_are(table, levels, monkeypatch):
-    folder, rows, _ = table
-    before = weights_of(folder)
-    monkeypatch.setattr("ppl_vae.commands.evaluate.calibrate_pixels", None)
-    again, said = compare(levels, folder)
-    assert again == rows
-    assert sum("is finished" in line for line in said) == len(WORDS)
-    assert weights_of(folder) == before
-
-
 def test_an_interrupted_table_goes_on_with_what_is_left(table, levels, tmp_path, monkeypatch):
     """Killed before the second training: the first is not trained again, and rows are those of no interruption."""
     trained = []

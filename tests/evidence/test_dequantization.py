@@ -70,21 +70,6 @@ def test_the_estimated_mass_is_unbiased_for_every_level(name, num_draws):
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("name", DENSITIES)
-def test_the_bound_never_exceeds_the_exact_mass_and_rises_with_the_draws(name):
-    exact, previous = exact_mass(name), -math.inf
-    seen = exact > 1e-12
-    exact = exact[seen]
-    for num_draws in (1, 2, 8, 32):
-        log_p = estimates(name, num_draws)[:, seen]
-        bound = float((exact * log_p.mean(0)).sum())  # E over the levels that the density itself gives
-        stderr = float((exact**2 * log_p.var(0) / len(log_p)).sum().sqrt())
-        assert bound <= float((exact * exact.log()).sum()) + 5 * stderr
-        assert bound >= previous - 5 * stderr
-        previous = bound
-
-
-@pytest.mark.thorough
-@pytest.mark.parametrize("name", DENSITIES)
 def test_sixteen_draws_are_within_two_thousandths_of_a_nat_of_the_exact_mass(name):
     """One draw lacks 0.43 nats a pixel of the density that is narrower than a level, sixteen 0.0006."""
     exact = exact_mass(name)
@@ -190,27 +175,6 @@ def test_the_bound_of_a_whole_vae_reaches_its_mass_of_levels():
     levels = dequantized(vae, num_draws=16)
     bounds = torch.stack([log_evidence(levels.model, levels.guide, x, num_particles=2000) for _ in range(20)])
     assert ((bounds.mean(0) - exact).abs() < 5 * bounds.std(0) / math.sqrt(20) + 0.01).all()
-
-
-@pytest.mark.thorough
-def test_one_draw_is_a_looser_bound_and_still_one():
-    vae = normal_vae()
-    x = levels_of(vae)
-    exact = quadrature(vae, x)
-    known = vae.likelihood
-
-    def unknown(z: Tensor) -> dist.Independent:
-        p_x = known(z)
-        return UnknownNormal(p_x.mean, p_x.stddev).to_event(1)
-
-    vae = VAE(vae.prior, unknown, vae.posterior)
-    torch.manual_seed(3)
-    for num_particles in (1, 10):
-        levels = dequantized(vae, num_draws=1)
-        bounds = torch.stack(
-            [log_evidence(levels.model, levels.guide, x, num_particles=num_particles) for _ in range(300)]
-        )
-        assert (bounds.mean(0) <= exact + 5 * bounds.std(0) / math.sqrt(300)).all()
 
 
 # --- The noise of the data ---

@@ -87,17 +87,6 @@ def test_log_p_of_observed_binary_pixels_is_the_sum_over_all_completions(latent_
     assert ((result.log_evidence - exact).abs() < 4 * result.monte_carlo_stderr).all()
 
 
-def test_the_bound_with_few_particles_is_not_above_log_p():
-    oracle = LinearGaussian.random(orthogonal=False)
-    x = with_holes(oracle.draw(1), share=0.4)
-    observed = Observed(oracle.vae())
-    torch.manual_seed(0)
-    bounds = log_weights(observed.model, observed.guide, x, 2 * 3000).reshape(2, 3000)
-    bound = bounds.logsumexp(0) - math.log(2)
-    exact = conditional(oracle, x[0])[0]
-    assert bound.mean() < exact - 4 * bound.std() / math.sqrt(3000)
-
-
 def test_images_without_holes_get_the_vaes_own_numbers():
     vae = bernoulli_vae(latent_dim=2)
     x, observed = binary_images(6), Observed(vae)

@@ -235,22 +235,12 @@ def test_nothing_of_the_run_changes_but_its_folder_imputations(impute, bars_run,
 # --- The figure ---
 
 
-def sheet(figure):
-    """The picture that was drawn, and the names of its rows."""
-    axes = figure.axes[0]
-    return np.asarray(axes.images[0].get_array()), [label.get_text() for label in axes.get_yticklabels()]
-
-
-def figure_of(x, truth):
-    n = len(x)
-    filled = x.nan_to_num(0.5)
-    result = Imputation(filled.expand(4, *x.shape), filled, torch.zeros(n).double(), torch.ones(n).double())
-    return draw_imputations(Display(), x, truth, result)
-
-
 def test_the_truth_is_drawn_where_it_is_known():
-    truth = torch.zeros(2, 1, 4, 4)
+    truth, zero = torch.zeros(2, 1, 4, 4), torch.zeros(2).double()
     x = truth.clone()
     x[:, :, :2] = NAN
-    assert sheet(figure_of(x, truth))[1][-1] == "truth"
-    assert "truth" not in sheet(figure_of(x, x))[1]
+    for seen in (x, truth):
+        figure = draw_imputations(
+            Display(), seen, truth, Imputation(truth.expand(4, 2, 1, 4, 4), truth, zero, zero + 1)
+        )
+        assert ("truth" in [label.get_text() for label in figure.axes[0].get_yticklabels()]) == (seen is x)

@@ -110,20 +110,16 @@ def trained(train: Tensor, **options: Any) -> tuple[dict[str, Tensor], dict[str,
     return states[-1]
 
 
-@pytest.mark.parametrize("options", [{}, {"skip_norm": 1e6}, {"batch_size": 200}], ids=str)
+COMPILED = pytest.param({"compile": True}, marks=pytest.mark.thorough)
+
+
+@pytest.mark.parametrize("options", [{}, {"skip_norm": 1e6}, {"batch_size": 200}, COMPILED], ids=str)
 def test_streamed_images_train_the_same_weights_bit_for_bit(tmp_path, options):
     resident, scalars = trained(levels(), **options)
     streamed, others = trained(mapped(tmp_path, levels()), stream=True, **options)
     assert [name for name in resident if not torch.equal(resident[name], streamed[name])] == []
     assert resident.keys() == streamed.keys()
     assert scalars | {"seconds": 0} == others | {"seconds": 0}
-
-
-@pytest.mark.thorough
-def test_streamed_images_train_the_same_weights_bit_for_bit_when_compiled(tmp_path):
-    resident, _ = trained(levels(), compile=True)
-    streamed, _ = trained(mapped(tmp_path, levels()), compile=True, stream=True)
-    assert [name for name in resident if not torch.equal(resident[name], streamed[name])] == []
 
 
 def test_an_interrupted_streamed_training_goes_on_bit_for_bit(tmp_path):

@@ -28,10 +28,12 @@ from torch.distributions import Distribution, Transform, biject_to, constraints
 from ppl_vae.enumeration import FIRST_DIM, Dims, enumerate_sites, enumerated_dims, is_enumerated, sum_out
 from ppl_vae.protocols import LatentModel, Program, is_latent_model
 from ppl_vae.runtime.batching import floats_per_pixel
-from ppl_vae.runtime.records import Data, Records, arguments_of, further_of
+from ppl_vae.runtime.capture import is_capturing
+from ppl_vae.runtime.records import Data, Records, arguments_of, images_of
 from ppl_vae.support import CHECKED_AT_ONCE, locate_image_sites, trial_run
+from ppl_vae.vae import VAE
 from ppl_vae.weights import (
-    check_densities,
+    log_weight_terms,
     observed_sites,
     particle_plate,
     sampled_sites,
@@ -45,17 +47,38 @@ Lead = tuple[int, ...]  # the dimensions of latent vectors before the last
 def as_latent_model(program: Program, data: Data) -> LatentModel:
     """A program with the parts ``prior``, ``likelihood`` and ``posterior`` over one vector of its continuous latents.
 
-    A model that has these parts, such as a ``VAE``, is returned itself.
+    A program that is made of these parts alone, such as a ``VAE``, is returned itself.
 
     Args:
-        program: A model and a guide, such as a ``PyroProgram``.
-        data: Images (N, *E) as the program sees them, or ``Records``, of which the first two rows give the shapes.
+        program: A module with a model and a guide, such as a ``PyroProgram``.
+        data: Images (N, *E) as the program sees them, or ``Records``: a few rows, whose shapes are taken.
 
     Raises:
-        ValueError: ``importance`` would not take the program, or the support of a site depends on a parameter.
+        ValueError: ``importance`` would not take the program, the support of a site depends on a parameter or is not
+            that of the guide's site, or a latent depends on the images.
         DeterministicGuide: A ValueError: the guide has no density.
     """
-    return program if is_latent_model(program) else cast(LatentModel, ProgramLatents(program, data))
+    if not isinstance(program, nn.Module):
+        raise ValueError(
+            f"program: expected a torch.nn.Module with methods model(x) and guide(x), got {type(program).__name__}; "
+            "PyroProgram(model, guide, x) is one"
+        )
+    if is_latent_model(program) and _is_made_of_its_parts(program, data):
+        return program
+    return cast(LatentModel, ProgramLatents(cast(Program, program), data))
+
+
+def _is_made_of_its_parts(program: LatentModel, data: Data) -> bool:
+    """Whether log w is that of the attributes prior, likelihood and posterior, which may have another meaning."""
+    with trial_run(data.device, program.model, program.guide):
+        expected = log_weight_terms(program.model, program.guide, data[:2], 1)
+    try:
+        vae = VAE(program.prior, program.likelihood, program.posterior)
+        with trial_run(data.device, program.model, program.guide):
+            found = log_weight_terms(vae.model, vae.guide, data[:2], 1)
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        return False
+    return all(_are_close(*pair) for pair in zip(found, expected, strict=True))
 
 
 class ProgramLatents(nn.Module):
@@ -69,7 +92,7 @@ class ProgramLatents(nn.Module):
         super().__init__()
         self.program = program
         runs = _Runs(program, data)
-        self.prior, self.likelihood, self.posterior = _Prior(runs), _Likelihood(runs), _Posterior(runs)
+        self.prior, self.likelihood, self.posterior = _Prior(runs), ProgramLikelihood(runs), _Posterior(runs)
 
     def model(self, *arguments: Tensor) -> object:
         """The program's own model."""
@@ -108,16 +131,18 @@ class _Site(NamedTuple):
 class _Runs(nn.Module):
     """Runs of a program on P particles of B images, given z or not, and what they say about z. Shared by the parts."""
 
+    z: Tensor
+
     def __init__(self, program: Program, data: Data) -> None:
         super().__init__()
         self.program = program
         with trial_run(data.device, program.model, program.guide):
+            log_weight_terms(program.model, program.guide, data[:2], 1)  # raises what importance would
             p, q = trace_programs(program.model, program.guide, data[:1], 1)
-        check_densities(q)
         names = sampled_sites(q)
         if not names:
             raise ValueError("guide: expected a continuous latent site, got none; importance needs none")
-        self.sites = [_describe_site(name, p.nodes[name]) for name in names]
+        self.sites = [_describe_site(name, p.nodes[name], q.nodes[name]) for name in names]
         self.sizes = [site.real_shape.numel() for site in self.sites]
         self.observed = observed_sites(p)
         self.num_branches = math.prod(enumerated_dims(p).values())
@@ -127,7 +152,13 @@ class _Runs(nn.Module):
         for i, tensor in enumerate(arguments_of(data[:1])):  # buffers, so that a compiled graph knows them
             self.register_buffer(f"example_{i}", tensor.detach().clone(), persistent=False)
         with trial_run(data.device, program.model):
-            self.prior_is_shared = self._has_shared_prior(further_of(data))
+            z = _LatentDistribution(self, "model", (), x=None, further=()).sample()
+        self.register_buffer("z", z, persistent=False)  # at which priors are compared
+        if not self.has_equal_priors(x=images_of(data[:CHECKED_AT_ONCE])):
+            raise ValueError(
+                "model: expected latents that do not depend on the images, got some whose distribution changes with x; "
+                "importance and log_evidence take the program as it is"
+            )
 
     def run(
         self,
@@ -144,10 +175,10 @@ class _Runs(nn.Module):
         program = getattr(self.program, part)
         if given is not None:
             program = poutine.condition(program, data=dict(given))
-        program = particle_plate(P)(program)
-        if enumerate:
-            program = enumerate_sites(program)
-        with _without_handlers():
+        with _without_handlers():  # which a plate meets when it is made
+            program = particle_plate(P)(program)
+            if enumerate:
+                program = enumerate_sites(program)
             return poutine.trace(program).get_trace(*self.arguments(B, x, further))
 
     def example(self) -> list[Tensor]:
@@ -155,20 +186,20 @@ class _Runs(nn.Module):
         return [self.get_buffer(f"example_{i}") for i in range(self.num_arguments)]
 
     def arguments(self, B: int, x: Tensor | None, further: Sequence[Tensor]) -> list[Tensor]:
-        """x and the further tensors, or B times those of the example."""
-        examples = [one.expand(B, *one.shape[1:]) for one in self.example()]
-        return [examples[0] if x is None else x, *(further or examples[1:])]
+        """B rows of x and of the further tensors, by default those of the example; one row is repeated."""
+        first, *others = self.example()
+        arguments = [first if x is None else x, *(further or others)]
+        return [one.expand(B, *one.shape[1:]) for one in arguments]
 
-    def _has_shared_prior(self, further: Sequence[Tensor]) -> bool:
-        """Whether one z has the same log p(z) under every row of these further tensors."""
-        if not further:
-            return True
-        z = _LatentDistribution(self, "model", (), x=None, further=()).sample((1,))
-        log_p = []
-        for rows in Records(*further).split(CHECKED_AT_ONCE):
-            p = _LatentDistribution(self, "model", (len(rows),), x=None, further=arguments_of(rows))
-            log_p.append(p.log_prob(z.expand(len(rows), -1)))
-        return torch.allclose(torch.cat(log_p), log_p[0][0])
+    def has_equal_priors(self, *, x: Tensor | None = None, further: Sequence[Tensor] = ()) -> bool:
+        """Whether one z has the same log p(z) under every row of images x, or of further tensors."""
+        found = []
+        with trial_run(self.z.device, self.program.model):
+            for part in (Records(*further) if x is None else Records(x)).split(CHECKED_AT_ONCE):
+                rows = {"x": None, "further": arguments_of(part)} if x is None else {"x": part.x, "further": ()}
+                found.append(_LatentDistribution(self, "model", (len(part),), **rows).log_prob(self.z))
+        log_p = torch.cat(found)
+        return _are_close(log_p, log_p[:1])
 
     def check_further(self, further: Sequence[Tensor]) -> None:
         """Raise ValueError unless there is one for each that the program takes."""
@@ -200,10 +231,24 @@ class _Runs(nn.Module):
         all_names = [*names, *(name for name in trace.stochastic_nodes if is_enumerated(trace.nodes[name]))]
         return [site_log_prob(name, trace.nodes[name], shape, dims) for name in all_names]
 
+    def check_simulation(self) -> None:
+        """Raise ValueError unless z ~ p(z) and x ~ p(x | z) draw all that the program observes."""
+        if len(self.observed) > 1:
+            raise ValueError(
+                f"model: expected one observed site, the images, where images are simulated, got {self.observed}; "
+                "draws of images alone are no draws from a posterior that another observed site or a factor changes"
+            )
+
     @property
     def names(self) -> list[str]:
         """Of the continuous latent sites."""
         return [site.name for site in self.sites]
+
+
+def _are_close(a: Tensor, b: Tensor) -> bool:
+    """Whether two log-densities are equal but for rounding, which may differ between batches of other sizes."""
+    tolerance = torch.finfo(a.dtype).eps ** 0.75
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
 @contextmanager
@@ -220,9 +265,9 @@ def _without_handlers() -> Iterator[None]:
             stack[:] = entries
 
 
-def _describe_site(name: str, node: dict[str, Any]) -> _Site:
-    support = node["fn"].support
-    base = getattr(support, "base_constraint", support)
+def _describe_site(name: str, p: dict[str, Any], q: dict[str, Any]) -> _Site:
+    """The site of the traces of model and guide, or a ValueError where its values are no image of real numbers."""
+    support, base = p["fn"].support, _base_support(p["fn"].support)
     if base.is_discrete:
         raise ValueError(
             f"site {name!r}: expected a continuous latent, or one marked infer={{'enumerate': 'parallel'}}"
@@ -232,8 +277,28 @@ def _describe_site(name: str, node: dict[str, Any]) -> _Site:
             f"site {name!r}: expected a support without parameters, such as the real numbers or those above 0, got "
             f"{base}; sample a normal or a Beta and rescale it in the program"
         )
-    to_value, shape = biject_to(support), node["fn"].event_shape
+    if _base_support(q["fn"].support) is constraints.real and base is not constraints.real:
+        raise ValueError(
+            f"site {name!r}: expected a guide within the model's support {base}, got one on all real numbers; use a "
+            "distribution on that support, such as a LogNormal for values above 0"
+        )
+    if isinstance(support, constraints.MixtureSameFamilyConstraint):
+        support = support.base_constraint
+    try:
+        to_value, shape = biject_to(support), p["fn"].event_shape
+    except NotImplementedError:
+        raise ValueError(
+            f"site {name!r}: expected a support that torch.distributions.biject_to maps real numbers to, got "
+            f"{support}; sample real numbers and transform them in the program"
+        ) from None
     return _Site(name, to_value, to_value.inverse_shape(shape), shape)
+
+
+def _base_support(support: Any) -> Any:
+    """The support of one number or row: without what says how many there are, or that they are of a mixture."""
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return support
 
 
 def _two_dims(lead: Lead) -> tuple[int, int]:
@@ -278,7 +343,7 @@ class _LatentDistribution(TorchDistribution):
 
 
 class _Prior(nn.Module):
-    """*further -> p(z), batch (B,) if it depends on the further tensors, else ()."""
+    """*further -> p(z), batch (B,) if it differs between the rows of the further tensors, else ()."""
 
     def __init__(self, runs: _Runs) -> None:
         super().__init__()
@@ -286,10 +351,11 @@ class _Prior(nn.Module):
         self.event_shape = (sum(runs.sizes),)
 
     def forward(self, *further: Tensor) -> _LatentDistribution:
-        if self.runs.prior_is_shared:
-            return _LatentDistribution(self.runs, "model", (), x=None, further=())
         self.runs.check_further(further)
-        return _LatentDistribution(self.runs, "model", (len(further[0]),), x=None, further=further)
+        # A compiled graph cannot decide by values; one distribution for each row is right there, too.
+        if further and (is_capturing() or not self.runs.has_equal_priors(further=further)):
+            return _LatentDistribution(self.runs, "model", (len(further[0]),), x=None, further=further)
+        return _LatentDistribution(self.runs, "model", (), x=None, further=tuple(one[:1] for one in further))
 
 
 class _Posterior(nn.Module):
@@ -305,7 +371,7 @@ class _Posterior(nn.Module):
         return _LatentDistribution(self.runs, "guide", (len(x),), x=x, further=further)
 
 
-class _Likelihood(nn.Module):
+class ProgramLikelihood(nn.Module):
     """z (..., B, L), *further -> p(x | z), batch (..., B)."""
 
     def __init__(self, runs: _Runs) -> None:
@@ -370,8 +436,8 @@ class _Images(TorchDistribution):
             return self._given
         P, B = _two_dims(self._lead)
         latent = poutine.block(poutine.condition(self._runs.program.model, self._given), hide=self._runs.observed)
-        program = infer_discrete(particle_plate(P)(latent), first_available_dim=FIRST_DIM)
         with _without_handlers():
+            program = infer_discrete(particle_plate(P)(latent), first_available_dim=FIRST_DIM)
             trace = poutine.trace(program).get_trace(*self._runs.arguments(B, None, self._further))
         marked = [name for name in trace.stochastic_nodes if trace.nodes[name]["infer"].get("enumerate") == "parallel"]
         return self._given | {name: trace.nodes[name]["value"] for name in marked}

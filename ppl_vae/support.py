@@ -126,6 +126,11 @@ def explain_program() -> Iterator[None]:
     except TypeError as error:
         if "required positional argument" in str(error):
             raise ValueError(f"{first_line(error)}; pass Records(x, y) where the program takes more than x") from None
+        if "positional argument" in str(error) and "given" in str(error):
+            raise ValueError(
+                f"{first_line(error)}; Records(x, y) give a program y after x, and each part of a VAE y as its last "
+                "argument"
+            ) from None
         if "object is not callable" in str(error):
             raise ValueError(
                 f"{first_line(error)}; a site takes distributions of pyro.distributions, not those of torch"

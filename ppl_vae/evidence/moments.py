@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
 
+from ppl_vae.latent_model import ProgramLikelihood
 from ppl_vae.protocols import LatentModel, check_latent_model
 from ppl_vae.runtime.batching import floats_per_latent, images_per_pass, items_per_pass, latents_per_pass
 from ppl_vae.runtime.global_state import serialize_threads
@@ -54,7 +55,13 @@ def sample_latents(distribution: Distribution, count: int) -> Tensor:
 
 @serialize_threads(gradients=False)
 def sample_prior(vae: LatentModel, count: int, *further: Tensor) -> Tensor:
-    """(N, L) z ~ p(z), or one z ~ p(z | c) for each of N rows of further tensors; another number raises ValueError."""
+    """(N, L) z ~ p(z), or one z ~ p(z | c) for each of N rows of further tensors, to simulate images from.
+
+    Raises:
+        ValueError: There are not N rows, or the program observes more than its images.
+    """
+    if isinstance(vae.likelihood, ProgramLikelihood):
+        vae.likelihood.runs.check_simulation()
     p = vae.prior(*further)
     if not len(p.batch_shape):
         return sample_latents(p, count)

@@ -15,13 +15,14 @@ from torch import nn
 from torch.distributions import MultivariateNormal
 from torch.testing import assert_close
 
-from ppl_vae import Records, importance
+from ppl_vae import VAE, Records, importance
 from ppl_vae.diagnostics.measurement import measure
 from ppl_vae.evidence import ais
 from ppl_vae.evidence.guide_calibration import compute_ranks, judge
 from ppl_vae.evidence.moments import decode_mean, encode
 from ppl_vae.evidence.proposals import replace_guide
 from ppl_vae.evidence.refinement import measure_gaps, refine_proposal
+from ppl_vae.evidence.typicality import mix_prior_into_guide
 from ppl_vae.latent_model import as_latent_model
 from ppl_vae.parts.posteriors import FullNormal
 
@@ -107,6 +108,70 @@ def test_the_mean_and_the_draws_of_images_weigh_a_discrete_site_by_what_z_says()
     draws = model.likelihood(z.expand(20_000, 3, 1)).sample()
     stderr = draws.std(0) / math.sqrt(len(draws))
     assert ((draws.mean(0) - program.mean(z)).abs() < 4 * stderr).all()
+
+
+class OneSite(nn.Module):
+    """z ~ p(z), x_d ~ N(z, 1), z ~ q(z) for every image."""
+
+    def __init__(self, p, q):
+        super().__init__()
+        self.p, self.q = p, q
+
+    def model(self, x):
+        with pyro.plate("images", len(x), dim=-1):
+            z = pyro.sample("z", self.p)
+            mean = z if self.p.event_shape else z[..., None]
+            pyro.sample("x", dist.Normal(mean + torch.zeros_like(x), 1.0).to_event(1), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("images", len(x), dim=-1):
+            pyro.sample("z", self.q)
+
+
+zero, one = torch.zeros(()).double(), torch.ones(()).double()
+
+
+def test_a_mixture_may_be_the_prior():
+    probs, means = torch.tensor([0.3, 0.7]).double(), torch.tensor([-1.0, 2.0]).double()
+    program = OneSite(dist.MixtureSameFamily(dist.Categorical(probs), dist.Normal(means, 1.0)), dist.Normal(zero, 2.0))
+    z = torch.linspace(-3, 3, 7)[:, None].double()
+    expected = (probs.log() + dist.Normal(means, 1.0).log_prob(z)).logsumexp(-1)
+    assert_close(as_latent_model(program, images(2)).prior().log_prob(z), expected, rtol=0, atol=1e-12)
+
+
+class GivenCenter(nn.Module):
+    """z ~ N(c, 1), x_d ~ N(z, 1), with the exact guide, given a center c of each image."""
+
+    def model(self, x, c):
+        with pyro.plate("images", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(c, 1.0))
+            pyro.sample("x", dist.Normal(z[..., None] + torch.zeros_like(x), 1.0).to_event(1), obs=x)
+
+    def guide(self, x, c):
+        with pyro.plate("images", len(x), dim=-1):
+            pyro.sample("z", dist.Normal((c + x.sum(-1)) / (1 + x.shape[1]), (1 + x.shape[1]) ** -0.5))
+
+    def log_evidence(self, x, c):
+        D = x.shape[1]
+        covariance = torch.ones(D, D).double() + torch.eye(D).double()
+        return MultivariateNormal(c[:, None].expand(-1, D), covariance).log_prob(x)
+
+
+@pytest.mark.parametrize("first", [slice(0, 4), slice(0, 1), torch.zeros(2, dtype=torch.long)])
+def test_a_prior_given_an_argument_is_that_of_each_row_whatever_rows_the_model_was_made_with(first):
+    program, x, c = GivenCenter(), images(4), torch.arange(4.0).double()
+    model = as_latent_model(program, Records(x, c)[first])
+    z = model.posterior(x, c).sample((3,))
+    log_w = model.prior(c).log_prob(z) + model.likelihood(z, c).log_prob(x) - model.posterior(x, c).log_prob(z)
+    assert_close(log_w, program.log_evidence(x, c).expand(3, 4), rtol=0, atol=1e-12)
+    assert model.prior(c).batch_shape == (4,)
+    assert model.prior(c[[2, 2]]).batch_shape == ()  # one p(z) for these rows
+    assert abs(model.prior(c[[2, 2]]).sample((2000,)).mean() - 2) < 0.1
+
+
+def test_a_posterior_repeated_for_more_rows_is_drawn_for_each():
+    model = as_latent_model(TwoSites(), images(2))
+    assert len(model.posterior(images(1)).expand((5,)).sample().unique(dim=0)) == 5
 
 
 # --- What takes a VAE's parts ---
@@ -205,6 +270,14 @@ def test_calibration_tells_an_exact_guide_from_a_misplaced_one(make, is_exact):
     assert (found.p_value > 0.01) == is_exact
 
 
+def test_a_program_may_be_a_part_of_a_mixture_guide():
+    program, x = TwoSites(), images(3)
+    mixed = mix_prior_into_guide(as_latent_model(program, x))
+    torch.manual_seed(0)
+    found = importance(mixed.model, mixed.guide, x, num_particles=1000)
+    assert ((found.log_evidence - program.log_evidence(x)).abs() < 5 * found.monte_carlo_stderr).all()
+
+
 def test_calibration_gives_each_simulation_its_own_argument():
     model = exact_vae()
     torch.manual_seed(0)
@@ -268,6 +341,68 @@ def test_a_support_with_parameters_is_refused():
         as_latent_model(Bounded(), images(2))
 
 
+@pytest.mark.parametrize(
+    ("p", "q", "message"),
+    [
+        (dist.HalfNormal(one), dist.Normal(one, 1.0), "expected a guide within the model's support .*LogNormal"),
+        (dist.ProjectedNormal(torch.ones(3)), dist.ProjectedNormal(torch.ones(3)), "got Sphere; sample real numbers"),
+    ],
+)
+def test_a_support_that_real_numbers_do_not_map_to_is_refused(p, q, message):
+    with pytest.raises(ValueError, match=message):
+        as_latent_model(OneSite(p, q), images(2))
+
+
+class Late(TwoSites):
+    """A latent that is drawn after a part of the image, and depends on it."""
+
+    def model(self, x):
+        with pyro.plate("images", len(x), dim=-1):
+            pyro.sample("z_1", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
+            z_2 = pyro.sample("z_2", dist.Normal(x, 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z_2, 1.0).to_event(1), obs=x)
+
+
+def test_a_latent_that_depends_on_the_images_is_refused():
+    with pytest.raises(ValueError, match="model: expected latents that do not depend on the images"):
+        as_latent_model(Late(), images(2))
+
+
+class Global(OneSite):
+    def model(self, x):
+        pyro.sample("w", self.p)
+        super().model(x)
+
+    def guide(self, x):
+        pyro.sample("w", self.q)
+        super().guide(x)
+
+
+def test_a_site_outside_of_the_plate_is_refused():
+    with pytest.raises(ValueError, match="site 'w': expected it in the images' plate"):
+        as_latent_model(Global(dist.Normal(zero, 1.0), dist.Normal(zero, 1.0)), images(2))
+
+
+class Observing(OneSite):
+    def model(self, x):
+        super().model(x)
+        with pyro.plate("more", len(x), dim=-1):
+            pyro.factor("near", -(x.sum(-1) ** 2))
+
+
+def test_images_of_a_program_that_observes_more_are_not_simulated():
+    model = as_latent_model(Observing(dist.Normal(zero, 1.0), dist.Normal(zero, 1.0)), images(2))
+    for simulate in (lambda: ais.simulate(model, 3), lambda: compute_ranks(model, num_simulations=3, num_draws=2)):
+        with pytest.raises(ValueError, match=r"model: expected one observed site, the images, .* got \['x', 'near'\]"):
+            simulate()
+
+
+@pytest.mark.parametrize("program", [(1, 2), TwoSites().model])
+def test_what_is_no_module_is_refused(program):
+    with pytest.raises(ValueError, match=r"program: expected a torch.nn.Module .*; PyroProgram"):
+        as_latent_model(program, images(2))
+
+
 def test_a_forgotten_argument_is_missed():
     model, z = as_latent_model(Labeled(), records(5)), torch.zeros(5, 1).double()
     for part in (lambda: model.likelihood(z), lambda: model.posterior(records(5).x)):
@@ -275,6 +410,48 @@ def test_a_forgotten_argument_is_missed():
             part()
 
 
+def test_records_for_a_vae_whose_parts_take_no_argument_are_refused():
+    vae, data = OtherModel(), Records(images(2), torch.arange(2))
+    vae = VAE(vae.prior, vae.likelihood, vae.posterior)
+    with pytest.raises(ValueError, match=r"0 positional .* given; Records\(x, y\) .* each part of a VAE y"):
+        importance(vae.model, vae.guide, data, num_particles=1)
+
+
 def test_a_vae_is_its_own_latent_model():
     vae = exact_vae()
-    assert as_latent_model(vae, images(2)) is vae
+    assert as_latent_model(vae, Records(*labelled_images())) is vae
+
+
+class OtherParts(TwoSites):
+    """A program whose attributes have the names of a VAE's parts and another meaning."""
+
+    def __init__(self):
+        super().__init__()
+        self.prior, self.likelihood, self.posterior = nn.Linear(1, 2), nn.Linear(2, 3), nn.Linear(3, 2)
+
+
+class OtherModel(VAE):
+    """A VAE with a latent of its own, which its parts do not have."""
+
+    def __init__(self):
+        super().__init__(
+            lambda: dist.Normal(torch.zeros(3).double(), 1.0).to_event(1),
+            lambda z: dist.Normal(z, 1.0).to_event(1),
+            lambda x: dist.Normal(x / 2, 0.5**0.5).to_event(1),
+        )
+
+    def model(self, x):
+        super().model(x)
+        with pyro.plate("more", len(x), dim=-1):
+            pyro.sample("s", dist.Normal(zero, 1.0))
+
+    def guide(self, x):
+        super().guide(x)
+        with pyro.plate("more", len(x), dim=-1):
+            pyro.sample("s", dist.Normal(one, 1.0))
+
+
+@pytest.mark.parametrize(("make", "L"), [(OtherParts, 5), (OtherModel, 4)])
+def test_parts_that_are_not_those_of_model_and_guide_are_not_taken(make, L):
+    model = as_latent_model(make(), images(2))
+    assert model.posterior(images(3)).sample().shape == (3, L)

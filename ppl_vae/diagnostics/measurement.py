@@ -36,7 +36,7 @@ from ppl_vae.evidence.evaluation import evaluate, reconstruction
 from ppl_vae.evidence.importance import Importance
 from ppl_vae.evidence.moments import compute_moments, decode_mean, encode, sample_latents, sample_posterior
 from ppl_vae.protocols import LatentModel, check_latent_model
-from ppl_vae.runtime.global_state import seeded
+from ppl_vae.runtime.global_state import evaluation_mode, seeded
 from ppl_vae.runtime.records import Data, arguments_of, further_of, images_of
 from ppl_vae.weights import is_deterministic
 
@@ -165,7 +165,7 @@ def measure(
     if len(x) < FEWEST_IMAGES:
         raise ValueError(f"x: expected at least {FEWEST_IMAGES} images, got {len(x)}")
     kl = by_latent = implied = split = calibration = None
-    with torch.no_grad(), pyro.validation_enabled(False):
+    with evaluation_mode(vae), torch.no_grad(), pyro.validation_enabled(False):
         with seeded(seed, x.device):  # the order of the measures decides their draws
             autoencoder = is_deterministic(vae.posterior(*arguments_of(data[:1])))
             codes = encode(vae, data)

@@ -14,7 +14,7 @@ from ppl_vae.evidence.moments import sample_latents, sample_prior
 from ppl_vae.protocols import LatentModel, check_latent_model
 from ppl_vae.runtime.batching import pairs_per_pass
 from ppl_vae.runtime.errors import NotFinite, check_count
-from ppl_vae.runtime.global_state import serialize_threads
+from ppl_vae.runtime.global_state import evaluation_mode, serialize_threads
 from ppl_vae.runtime.records import Records, arguments_of
 from ppl_vae.weights import DeterministicGuide, is_autoencoder
 
@@ -55,7 +55,7 @@ def compute_ranks(vae: LatentModel, *, num_simulations: int, num_draws: int, fur
     does not grow with M.
 
     Args:
-        vae: In evaluation mode, of one layer or several. A guide without a density raises DeterministicGuide.
+        vae: Of one layer or several. A guide without a density raises DeterministicGuide.
         num_simulations, num_draws: N and M.
         further: N rows each of what the model takes beside the images, such as labels.
 
@@ -64,17 +64,18 @@ def compute_ranks(vae: LatentModel, *, num_simulations: int, num_draws: int, fur
     check_latent_model(vae)
     num_simulations = check_count("num_simulations", num_simulations)
     num_draws = check_count("num_draws", num_draws)
-    codes = Records(sample_prior(vae, num_simulations, *further), *further)
-    x = _sample_images(vae, codes[:1])
-    if is_autoencoder(vae.guide, x):
-        raise DeterministicGuide(
-            "guide: expected a density to calibrate, got a deterministic one (Delta), whose draws are one point"
-        )
-    pairs = pairs_per_pass(vae, x)
-    found = torch.empty(num_simulations, codes.shape[1] + 1, dtype=torch.long, device=codes.device)
-    group = max(1, pairs // (num_draws + 1))
-    for z, place in zip(codes.split(group), found.split(group), strict=True):
-        place.copy_(_rank_group(vae, z, num_draws, chunk=max(1, pairs // len(z) - 1)))
+    with evaluation_mode(vae):
+        codes = Records(sample_prior(vae, num_simulations, *further), *further)
+        x = _sample_images(vae, codes[:1])
+        if is_autoencoder(vae.guide, x):
+            raise DeterministicGuide(
+                "guide: expected a density to calibrate, got a deterministic one (Delta), whose draws are one point"
+            )
+        pairs = pairs_per_pass(vae, x)
+        found = torch.empty(num_simulations, codes.shape[1] + 1, dtype=torch.long, device=codes.device)
+        group = max(1, pairs // (num_draws + 1))
+        for z, place in zip(codes.split(group), found.split(group), strict=True):
+            place.copy_(_rank_group(vae, z, num_draws, chunk=max(1, pairs // len(z) - 1)))
     return Ranks(found[:, :-1].cpu(), found[:, -1].cpu(), num_draws)
 
 

@@ -278,6 +278,31 @@ def test_a_program_may_be_a_part_of_a_mixture_guide():
     assert ((found.log_evidence - program.log_evidence(x)).abs() < 5 * found.monte_carlo_stderr).all()
 
 
+class Dropping(OneSite):
+    """A program whose guide differs between training and evaluation."""
+
+    def __init__(self):
+        super().__init__(dist.Normal(zero, 1.0), None)
+        self.shift = nn.Dropout(0.5)
+
+    def guide(self, x):
+        with pyro.plate("images", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(self.shift(torch.ones_like(x)).mean(-1), 1.0))
+
+
+def test_diagnostics_and_calibration_are_of_evaluation_mode():
+    x = images(8)
+    model = as_latent_model(Dropping(), x)
+    found = []
+    for training in (True, False):
+        model.train(training)
+        torch.manual_seed(0)
+        ranks = compute_ranks(model, num_simulations=20, num_draws=5).latents
+        found.append((measure(model, x, num_particles=5).reconstruction.mean, ranks.tolist()))
+        assert model.program.shift.training == training
+    assert found[0] == found[1]
+
+
 def test_calibration_gives_each_simulation_its_own_argument():
     model = exact_vae()
     torch.manual_seed(0)

@@ -96,6 +96,7 @@ class SemiSupervisedVAE(ConditionalVAE):
         with pyro.plate("images", len(x), dim=-1):
             label = pyro.sample("y", dist.Categorical(self.class_probs), infer={"enumerate": "parallel"})
             z = pyro.sample("z", self.prior(label))
+            z = z.expand(*torch.broadcast_shapes(z.shape[:-1], label.shape), -1)  # a z may be given for all labels
             pyro.sample("x", check_event_shape(self.likelihood(z, label), x, z), obs=x)
 
     def guide(self, x: Tensor, y: Tensor, *labelled: Tensor) -> None:  # type: ignore[override]

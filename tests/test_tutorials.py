@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import base64
-import importlib
 import json
 import re
 from pathlib import Path
@@ -113,8 +112,7 @@ def test_what_a_notebook_imports_exists_and_is_public(name):
     for node in imports:
         for word in (*str(node.module).split("."), *(alias.name for alias in node.names)):
             assert not word.startswith("_")
-        module = importlib.import_module(str(node.module))
-        assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
+        exec(ast.unparse(node), {})  # also loads submodules, which no attribute shows before
 
 
 @pytest.mark.parametrize("name", STATED)

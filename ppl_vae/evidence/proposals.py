@@ -87,8 +87,9 @@ class PerImageGuide(nn.Module):
 
 
 def _rows(data: Sequence[Tensor]) -> Tensor:
-    """(B, D) all numbers of an image and of its further tensors, in the images' type."""
-    return torch.cat([tensor.detach().reshape(len(tensor), -1).to(data[0]) for tensor in data], dim=1)
+    """(B, D) all numbers of an image and of its further tensors, which the images' type might round to equal ones."""
+    x, *further = (tensor.detach().reshape(len(tensor), -1) for tensor in data)
+    return torch.cat([x, *(tensor.double() for tensor in further)], dim=1)
 
 
 def replace_guide(vae: LatentModel, q: Proposal) -> VAE:

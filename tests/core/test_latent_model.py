@@ -20,11 +20,12 @@ from ppl_vae.diagnostics.measurement import measure
 from ppl_vae.evidence import ais
 from ppl_vae.evidence.guide_calibration import compute_ranks, judge
 from ppl_vae.evidence.moments import decode_mean, encode
-from ppl_vae.evidence.proposals import replace_guide
+from ppl_vae.evidence.proposals import PerImageGuide, Proposal, replace_guide
 from ppl_vae.evidence.refinement import measure_gaps, refine_proposal
 from ppl_vae.evidence.typicality import mix_prior_into_guide
+from ppl_vae.labels import SemiSupervisedVAE
 from ppl_vae.latent_model import as_latent_model
-from ppl_vae.parts.posteriors import FullNormal
+from ppl_vae.parts.posteriors import DiagonalNormal, FullNormal
 
 
 class Waiting(nn.Module):
@@ -337,6 +338,29 @@ def test_a_conditional_vae_takes_its_labels_everywhere():
     own = replace_guide(vae, refine_proposal(vae, data, steps=1, family=FullNormal(2)))
     found = importance(own.model, own.guide, data, num_particles=400)
     assert ((found.log_evidence - exact).abs() < 5 * found.monte_carlo_stderr + 0.02).all()
+
+
+def test_a_semi_supervised_vae_has_its_label_summed():
+    (x, y), exact = labelled_images(6), (log_p_x_given_y(labelled_images(6)[0]) + exact_vae().class_probs.log())
+    vae = exact_vae()
+    semi = SemiSupervisedVAE(
+        vae.prior, vae.likelihood, vae.posterior, vae.class_probs, lambda x: dist.Categorical(logits=exact[: len(x)])
+    )
+    y = torch.where(torch.arange(6) < 3, y, -1)
+    model = as_latent_model(semi, Records(x, y))
+    z = model.posterior(x, y).sample((4,))
+    log_p = model.prior(y).log_prob(z) + model.likelihood(z, y).log_prob(x)
+    by_label = [vae.prior(k).log_prob(z) + vae.likelihood(z, k).log_prob(x) for k in torch.arange(3)]
+    expected = (torch.stack(by_label, -1) + vae.class_probs.log()).logsumexp(-1)
+    assert_close(log_p, expected, rtol=0, atol=1e-9)
+    log_w = (log_p - model.posterior(x, y).log_prob(z))[:, 3:]  # of unknown labels: the guide is exact
+    assert_close(log_w, exact.logsumexp(1)[3:].expand(4, 3), rtol=0, atol=1e-9)
+
+
+def test_images_are_told_apart_by_arguments_that_their_type_would_round():
+    x, c = torch.ones(2, 3, dtype=torch.long), torch.tensor([0.1, 0.7])
+    guide = PerImageGuide(Proposal(DiagonalNormal(1), torch.tensor([[0.0, 0.0], [5.0, 0.0]]), Records(x, c)), None)
+    assert guide(x.flip(0), c.flip(0)).mean.flatten().tolist() == [5, 0]
 
 
 def test_diagnostics_refuse_a_prior_that_differs_between_images():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 
 import numpy as np
@@ -28,24 +27,6 @@ KLS = {"sampled": Trace_ELBO, "analytic": TraceMeanField_ELBO}
 BETAS = (0.0, 0.3, 1.0, 4.0)
 
 
-def _mean_and_error(vae, x, *, repeats=60, **options):
-    torch.manual_seed(0)
-    losses = torch.stack([per_image.elbo(vae.model, vae.guide, x, **options).detach() for _ in range(repeats)])
-    return float(losses.mean()), float(losses.std()) / math.sqrt(repeats)
-
-
-@pytest.mark.parametrize("kl", KLS)
-@pytest.mark.parametrize("beta", BETAS)
-@pytest.mark.parametrize("as_tensor", [False, True], ids=["float", "tensor"])
-def test_beta_weighs_the_kl_and_only_the_kl(oracle, kl, beta, as_tensor):
-    vae, x = oracle.vae(widen=1.3, shift=0.4), oracle.draw(5)
-    exact = -oracle.reconstruction(x, widen=1.3, shift=0.4) + beta * oracle.kl(x, widen=1.3, shift=0.4)
-    weight = torch.tensor(beta, dtype=torch.double) if as_tensor else beta
-    mean, error = _mean_and_error(vae, x, beta=weight, estimator=KLS[kl], num_particles=100)
-    assert abs(mean - float(exact.mean())) < 5 * error
-    assert error < 0.05
-
-
 @pytest.mark.parametrize("scale", [0.0, 3.0])
 def test_the_messenger_scales_latent_sites_and_never_the_observed_one(oracle, scale):
     vae, x = oracle.vae(), oracle.draw(5)
@@ -55,8 +36,8 @@ def test_the_messenger_scales_latent_sites_and_never_the_observed_one(oracle, sc
 
 
 @pytest.mark.parametrize("kl", KLS)
-@pytest.mark.parametrize("beta", [0.0, 4.0])
-def test_beta_enters_the_gradient_as_it_enters_the_loss(oracle, kl, beta):
+@pytest.mark.parametrize("beta", [*BETAS, torch.tensor(4.0).double()])
+def test_beta_weighs_the_kl_and_only_the_kl_in_the_loss_and_its_gradient(oracle, kl, beta):
     vae, x = oracle.vae(widen=1.3, shift=0.4), oracle.draw(3)
     for parameter in vae.parameters():
         parameter.requires_grad_(True)
@@ -73,14 +54,8 @@ def test_beta_enters_the_gradient_as_it_enters_the_loss(oracle, kl, beta):
     )
     written_out = -vae.likelihood(z).log_prob(x).mean(0) + beta * divergence
     expected = torch.autograd.grad(written_out.mean(), vae.posterior.net.output.weight)[0]
+    assert_close(loss, written_out.mean(), rtol=1e-12, atol=0)
     assert_close(gradients, expected, rtol=1e-9, atol=1e-12)
-
-
-def test_with_the_exact_guide_the_loss_is_minus_the_evidence(oracle):
-    vae, x = oracle.vae(), oracle.draw(5)
-    for num_particles in (1, 4):
-        loss = per_image.elbo(vae.model, vae.guide, x, num_particles=num_particles)
-        assert_close(loss, -oracle.log_evidence(x).mean(), rtol=1e-9, atol=0)
 
 
 def test_pixels_are_summed_and_images_averaged(oracle):

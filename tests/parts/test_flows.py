@@ -192,19 +192,6 @@ def test_a_splines_gradients_are_its_numeric_derivatives(way):
     assert torch.autograd.gradcheck(lambda x, h: _spline(x, h, inverse=WAYS[way]), (x, h))
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.double, 1e-9), (torch.float, 2e-3)])
-@pytest.mark.parametrize("way", WAYS)
-def test_a_spline_has_at_a_knot_the_knots_value_and_slope(way, dtype, tolerance):
-    h = _features(200)
-    widths, heights, slopes = _knots(h)
-    places, values = (10 * shares.cumsum(-1)[:, :-1] - 5 for shares in (widths, heights))
-    if WAYS[way]:
-        places, values, slopes = values, places, 1 / slopes
-    found, log_slope = _spline(places.to(dtype), h[:, None].expand(-1, BINS - 1, -1).to(dtype), inverse=WAYS[way])
-    assert_close(found, values.to(dtype), rtol=0, atol=tolerance)
-    assert_close(log_slope, slopes.log().to(dtype), rtol=0, atol=10 * tolerance)
-
-
 @pytest.mark.parametrize("dtype", [torch.double, torch.float])
 @pytest.mark.parametrize("way", WAYS)
 def test_a_spline_is_the_identity_from_its_bound_on(way, dtype):

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from pyro import poutine
@@ -23,9 +23,10 @@ from pyro.distributions import TorchDistribution
 from pyro.infer import infer_discrete
 from pyro.poutine import runtime
 from torch import Size, Tensor, nn
-from torch.distributions import Distribution, Transform, biject_to, constraints
+from torch.distributions import Distribution, constraints
 
 from ppl_vae.enumeration import FIRST_DIM, Dims, enumerate_sites, enumerated_dims, is_enumerated, sum_out
+from ppl_vae.latent_sites import describe_site
 from ppl_vae.protocols import LatentModel, Program, is_latent_model
 from ppl_vae.runtime.batching import floats_per_pixel
 from ppl_vae.runtime.capture import is_capturing
@@ -103,31 +104,6 @@ class ProgramLatents(nn.Module):
         return self.program.guide(*arguments)
 
 
-class _Site(NamedTuple):
-    """A continuous latent site: its name, the map from real numbers to its values, and their event shapes."""
-
-    name: str
-    to_value: Transform
-    real_shape: Size
-    value_shape: Size
-
-    def values(self, u: Tensor) -> Tensor:
-        """(P, B, numel) real numbers -> (P, B, *value_shape)."""
-        value: Tensor = self.to_value(u.reshape(*u.shape[:2], *self.real_shape))
-        return value
-
-    def reals(self, value: Tensor) -> Tensor:
-        """The inverse of ``values``."""
-        u: Tensor = self.to_value.inv(value)
-        return u.reshape(*u.shape[:2], -1)
-
-    def log_jacobian(self, u: Tensor) -> Tensor:
-        """(P, B) log |det d value / du|."""
-        u = u.reshape(*u.shape[:2], *self.real_shape)
-        found = self.to_value.log_abs_det_jacobian(u, self.to_value(u))
-        return found.reshape(*u.shape[:2], -1).sum(-1)
-
-
 class _Runs(nn.Module):
     """Runs of a program on P particles of B images, given z or not, and what they say about z. Shared by the parts."""
 
@@ -142,7 +118,7 @@ class _Runs(nn.Module):
         names = sampled_sites(q)
         if not names:
             raise ValueError("guide: expected a continuous latent site, got none; importance needs none")
-        self.sites = [_describe_site(name, p.nodes[name], q.nodes[name]) for name in names]
+        self.sites = [describe_site(name, p.nodes[name], q.nodes[name]) for name in names]
         self.sizes = [site.real_shape.numel() for site in self.sites]
         self.observed = observed_sites(p)
         self.num_branches = math.prod(enumerated_dims(p).values())
@@ -265,42 +241,6 @@ def _without_handlers() -> Iterator[None]:
             stack[:] = entries
 
 
-def _describe_site(name: str, p: dict[str, Any], q: dict[str, Any]) -> _Site:
-    """The site of the traces of model and guide, or a ValueError where its values are no image of real numbers."""
-    support, base = p["fn"].support, _base_support(p["fn"].support)
-    if base.is_discrete:
-        raise ValueError(
-            f"site {name!r}: expected a continuous latent, or one marked infer={{'enumerate': 'parallel'}}"
-        )
-    if any(isinstance(value, Tensor) for value in vars(base).values()):
-        raise ValueError(
-            f"site {name!r}: expected a support without parameters, such as the real numbers or those above 0, got "
-            f"{base}; sample a normal or a Beta and rescale it in the program"
-        )
-    if _base_support(q["fn"].support) is constraints.real and base is not constraints.real:
-        raise ValueError(
-            f"site {name!r}: expected a guide within the model's support {base}, got one on all real numbers; use a "
-            "distribution on that support, such as a LogNormal for values above 0"
-        )
-    if isinstance(support, constraints.MixtureSameFamilyConstraint):
-        support = support.base_constraint
-    try:
-        to_value, shape = biject_to(support), p["fn"].event_shape
-    except NotImplementedError:
-        raise ValueError(
-            f"site {name!r}: expected a support that torch.distributions.biject_to maps real numbers to, got "
-            f"{support}; sample real numbers and transform them in the program"
-        ) from None
-    return _Site(name, to_value, to_value.inverse_shape(shape), shape)
-
-
-def _base_support(support: Any) -> Any:
-    """The support of one number or row: without what says how many there are, or that they are of a mixture."""
-    while hasattr(support, "base_constraint"):
-        support = support.base_constraint
-    return support
-
-
 def _two_dims(lead: Lead) -> tuple[int, int]:
     """(P, B) of the leading dimensions (..., B)."""
     return math.prod(lead[:-1]), lead[-1] if lead else 1
@@ -385,7 +325,7 @@ class ProgramLikelihood(nn.Module):
 
 
 class _Images(TorchDistribution):
-    """p(x | z) of a program, batch (..., B), event E: all observed sites, of which one observes the images."""
+    """p(x | z) of a program, batch (..., B), event E: all observed sites, the images among them."""
 
     arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012, the name and type that torch asks for
 

@@ -239,17 +239,17 @@ def draw_recipes() -> "Figure":
     for nats, source in sorted(printed.items()):
         model, _, paper = source.partition(": ")
         words = f"{model} ({paper.split(', arXiv')[0]})"
-        place = {"xytext": (-3, 1.5) if nats - above > 0.2 else (-3, -7.5), "textcoords": "offset points"}
+        place = (-3, 1.5) if nats - above > 0.2 else (-3, -7.5)
         axes.axhline(nats, linewidth=0.8, linestyle="--", color="gray")
         where = ("axes fraction", "data")
-        axes.annotate(words, (1, nats), xycoords=where, ha="right", fontsize=6.5, color="gray", **place)
+        axes.annotate(words, (1, nats), place, where, "offset points", ha="right", fontsize=6.5, color="gray")
         above = nats
     for recipe in dict.fromkeys(row.recipe for row in rows):
         own = [row for row in rows if row.recipe == recipe]
         minutes = [sum(row.seconds.training) / 60 for row in own]
-        nats = [row.ours.mean for row in own]
-        axes.errorbar(minutes, nats, [row.ours.stderr for row in own], fmt="o", markersize=4, linewidth=1)
-        axes.annotate(recipe, (min(minutes), nats[0]), (-6, 3), textcoords="offset points", ha="right", fontsize=8)
+        bounds = [row.ours.mean for row in own]
+        axes.errorbar(minutes, bounds, [row.ours.stderr for row in own], fmt="o", markersize=4, linewidth=1)
+        axes.annotate(recipe, (min(minutes), bounds[0]), (-6, 3), textcoords="offset points", ha="right", fontsize=8)
     axes.set(xlabel="minutes of training", ylabel="L_5000, nats per image", xlim=(0, None))
     axes.set_title("Dynamic MNIST: recipes here, and numbers in print (dashed)", fontsize=10)
     return figure

@@ -19,7 +19,17 @@ ROOMS = (
     *("diagnostics", "runs", "reports", "commands", "estimator", "study", "__main__"),
 )
 CORE = {
-    *("conditional", "enumeration", "hierarchy", "labels", "latent_model", "protocols", "pyro_program", "support"),
+    *(
+        "conditional",
+        "enumeration",
+        "hierarchy",
+        "labels",
+        "latent_model",
+        "latent_sites",
+        "protocols",
+        "pyro_program",
+        "support",
+    ),
     *("vae", "weights"),
 }
 

@@ -163,6 +163,19 @@ def test_a_deterministic_site_has_no_density(oracle):
     assert_close(log_weights(model, vae.guide, x, 3), oracle.log_evidence(x).expand(3, 4), rtol=1e-9, atol=0)
 
 
+def test_pixels_that_are_not_in_the_event_are_refused(oracle):
+    vae, x = oracle.vae(), oracle.draw(4)
+
+    def model(x):
+        with pyro.plate("images", len(x), dim=-1):
+            pyro.sample("z", vae.prior())
+            with pyro.plate("pixels", 6, dim=-3):
+                pyro.sample("x", dist.Normal(0.0, 1.0), obs=x.T[:, None])
+
+    with pytest.raises(ValueError, match=r"site 'x': expected the images' plate alone, got the plate 'pixels' too"):
+        log_weights(model, vae.guide, x, 3)
+
+
 @pytest.mark.parametrize("extra_in", ["model", "guide"])
 def test_a_latent_of_only_one_program_is_refused(oracle, extra_in):
     vae, x = oracle.vae(), oracle.draw(4)

@@ -36,6 +36,7 @@ def test_with_the_exact_posterior_elbo_bound_and_evidence_are_one_number(oracle)
     assert_close(result.ess, torch.full((5,), 10.0, dtype=torch.double), rtol=1e-9, atol=0)
     assert (result.monte_carlo_stderr < 1e-6).all()
     assert (result.bias < 1e-9).all()
+    assert f"L_10 {float(oracle.log_evidence(x).mean()):.2f} ± " in repr(result)
 
 
 @pytest.mark.parametrize(("widen", "shift"), [(1.4, 0.0), (0.6, 0.0), (1.0, 0.8), (1.2, -0.5)])

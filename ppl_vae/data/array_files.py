@@ -1,19 +1,10 @@
-"""Read .npz and .npy files without unpickling: their headers, the roles of their arrays, and labels.
-
-An array's header must announce exactly the bytes that are there, which is checked before memory is allocated. The
-arrays that are read from an .npz file may together take ``FREE_EXPANSION`` bytes, or ``MOST_EXPANSION`` times the bytes
-of the file: binary images shrink to a twentieth of their size, and a file that was made to fill memory shrinks to a
-thousandth.
-"""
+"""Read .npz and .npy files without unpickling: the roles of their arrays, and labels."""
 
 from __future__ import annotations
 
-import math
-import os
-import zipfile
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,19 +13,10 @@ from torch import Tensor
 from ppl_vae.data import storage
 from ppl_vae.runtime.errors import pluralize
 
-FREE_EXPANSION, MOST_EXPANSION = 2**26, 200
-_ADVICE = "save it as .npy, which is not read into memory"
-_DELIMITERS = {".csv": ",", ".tsv": "\t", ".txt": " "}
-
 
 def is_array_file(path: Path) -> bool:
     """Whether the name ends in .npz or .npy, in any case."""
     return path.suffix.lower() in (".npz", ".npy")
-
-
-def is_text_table(path: Path) -> bool:
-    """Whether a file has the name of a table of text, such as .csv."""
-    return path.suffix.lower() in _DELIMITERS and path.is_file()
 
 
 # --- Arrays ---
@@ -76,90 +58,41 @@ def read_arrays(
     """Read arrays without unpickling: the arrays by their roles, and the names of those that were left out.
 
     Args:
-        choose: takes the names of all arrays, and returns {role: name} of those to be read. A lone .npy array has the
-            name "array". Arrays of objects are left out where their role ends in "labels".
+        choose: takes the names of all arrays, and returns {role: name} of those to be read. A lone .npy array, which is
+            mapped, has the name "array". Arrays of objects are left out where their role ends in "labels".
 
-    Raises ValueError where the file cannot be read, or is too large.
+    Raises ValueError where the file cannot be read, or does not fit into memory.
     """
+    arrays: dict[str, np.ndarray] = {}
     try:
-        with path.open("rb") as file:
-            if file.read(6) == np.lib.format.MAGIC_PREFIX:
-                _check_version(file)
-        with np.errstate(over="ignore"):  # of a size that no address has, which is refused
-            loaded = np.load(path, mmap_mode="r", allow_pickle=False)
-        if isinstance(loaded, np.memmap):
-            if loaded.offset + loaded.nbytes != os.path.getsize(path):
-                raise ValueError(f"its header announces {loaded.nbytes:,} bytes of {loaded.dtype} {loaded.shape}")
+        loaded = np.load(path, mmap_mode="r", allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
             return dict.fromkeys(choose(["array"]), loaded), []
         with loaded:
-            names = list(loaded.files)
-            chosen = choose(names)
-            objects = _check_members(path, chosen)
-            arrays = {role: loaded[name] for role, name in chosen.items() if name not in objects}
-    except MemoryError as error:
-        raise ValueError(f"{path}: the memory ran out while it was read; {_ADVICE}") from error
+            chosen = choose(loaded.files)
+            others = [name for name in loaded.files if name not in chosen.values()]
+            sizes = {file.filename.removesuffix(".npy"): file.file_size for file in loaded.zip.infolist()}
+            num_bytes, available = sum(sizes[name] for name in chosen.values()), storage.get_available_memory()
+            if available is not None and num_bytes > available:
+                raise ValueError(
+                    f"its arrays take {num_bytes:,} bytes, and {available:,} are available; save it as .npy, which is "
+                    "not read into memory"
+                )
+            for role, name in chosen.items():
+                try:
+                    arrays[role] = loaded[name]
+                except ValueError as error:
+                    if not role.endswith("labels") or "allow_pickle" not in str(error):
+                        raise
+                    others.append(f"{name} (objects are not read)")
     except Exception as error:  # a damaged header is parsed as Python, and raises nearly every type
-        reason = "object arrays are not read" if "Python objects" in str(error) else str(error)
-        if "allow_pickle" in reason:
+        reason = " ".join(str(error).split())
+        if "Python objects" in reason or "Object arrays" in reason:
+            reason = "object arrays are not read"
+        elif "pickle" in reason:
             reason = "it is neither an .npy nor an .npz file"
         raise ValueError(f"{path}: not a readable array file: {reason}") from None
-    others = [name for name in names if name not in chosen.values()]
-    return arrays, [*others, *(f"{name} (objects are not read)" for name in objects)]
-
-
-def _check_members(path: Path, chosen: Mapping[str, str]) -> list[str]:
-    """Check the sizes that the headers of chosen arrays announce; return the names of labels that are objects."""
-    labels, objects = {name for role, name in chosen.items() if role.endswith("labels")}, []
-    with zipfile.ZipFile(path) as archive:
-        found = [(member.filename.removesuffix(".npy"), member) for member in archive.infolist()]
-        members = [(name, member) for name, member in found if name in chosen.values()]
-        num_bytes = sum(member.file_size for _, member in members)
-        most = max(FREE_EXPANSION, MOST_EXPANSION * os.path.getsize(path))
-        if num_bytes > most:
-            raise ValueError(
-                f"its arrays take {num_bytes:,} bytes, more than {MOST_EXPANSION} times the file ({most:,}); {_ADVICE}"
-            )
-        available = storage.get_available_memory()
-        if available is not None and num_bytes > available:
-            raise ValueError(f"its arrays take {num_bytes:,} bytes, and {available:,} are available; {_ADVICE}")
-        for name, member in members:
-            with archive.open(member) as file:
-                file.read(6)
-                _check_version(file)
-                shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-                announced = math.prod(shape) * dtype.itemsize
-                if dtype.hasobject and name in labels:
-                    objects.append(name)
-                elif dtype.hasobject:
-                    raise ValueError("Python objects are not read")
-                elif min(shape, default=0) < 0 or announced != member.file_size - file.tell():
-                    raise ValueError(f"its header announces {announced:,} bytes of {dtype} {shape}")
-    return objects
-
-
-def _check_version(file: IO[bytes]) -> None:
-    """Refuse a header of another version, which may announce 4 GiB of itself."""
-    if (version := file.read(2)) != b"\1\0":
-        raise ValueError(f"expected a header of version 1.0, got {'.'.join(map(str, version))}")
-
-
-def advise_array(path: Path, names: list[str]) -> str:
-    """Write the line of NumPy that saves one of several arrays alone; nothing where there are none."""
-    line = f"numpy.save('images.npy', numpy.load({path.name!r})['NAME'])"
-    return f"; to take one of them: {line}" if names else ""
-
-
-def advise_conversion(path: Path) -> str:
-    """Write how a file of another kind becomes an array file.
-
-    >>> advise_conversion(Path("wine.csv"))
-    "; numpy.save('wine.npy', numpy.loadtxt('wine.csv', delimiter=',', skiprows=1)) makes one of numbers below a header"
-    """
-    delimiter = _DELIMITERS.get(path.suffix.lower())
-    if delimiter is None:
-        return "; numpy.save makes one of an array"
-    line = f"numpy.save({path.stem + '.npy'!r}, numpy.loadtxt({path.name!r}, delimiter={delimiter!r}, skiprows=1))"
-    return f"; {line} makes one of numbers below a header"
+    return arrays, others
 
 
 # --- Labels ---
@@ -169,8 +102,8 @@ class Labels(NamedTuple):
     """Class numbers (N,) int64 of each split, class names, and a note on labels that were left out."""
 
     numbers: dict[str, Tensor]
-    class_names: tuple[str, ...]
-    notes: tuple[str, ...]
+    class_names: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def read_labels(
@@ -195,40 +128,32 @@ def read_labels(
             raise ValueError(f"{where}: {split} labels: expected {expected}, one per image, got shape {array.shape}")
         flat[split] = array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array
     if flat and all(array.ndim == 1 and array.dtype.kind in "US" for array in flat.values()):
-        return _number_words(flat, class_names)
+        words = {
+            split: np.char.decode(x, "utf-8", "replace") if x.dtype.kind == "S" else x for split, x in flat.items()
+        }
+        found = np.unique(np.concatenate([*words.values()])).tolist()
+        names = class_names or tuple(found)
+        if unknown := [word for word in found if word not in names]:
+            note = f"labels left out: expected the classes of the training data, got {unknown[0]!r}"
+            return Labels({}, notes=(note,))
+        index = {name: number for number, name in enumerate(names)}
+        numbers = {split: torch.tensor([index[word] for word in x.tolist()]) for split, x in words.items()}
+        return Labels(numbers, names)
     numbers = {}
     for split, array in flat.items():
-        found = _find_class_numbers(array)
-        if found is None:
+        if (own := _find_class_numbers(array)) is None:
             got = f"{arrays[split].dtype} of shape {arrays[split].shape} in {split}"
             note = f"labels left out: expected whole numbers, words or one-hot rows, one per image, got {got}"
-            return Labels({}, (), (note,))
-        numbers[split] = torch.from_numpy(found)
-    return Labels(numbers, (), ())
-
-
-def _number_words(words: Mapping[str, np.ndarray], class_names: tuple[str, ...]) -> Labels:
-    def read(array: np.ndarray) -> np.ndarray:
-        return np.char.decode(array, "utf-8", "replace") if array.dtype.kind == "S" else array
-
-    as_text = {split: read(array) for split, array in words.items()}
-    known = np.unique(np.concatenate([*as_text.values()]))
-    names = class_names or tuple(known.tolist())
-    index = {name: i for i, name in enumerate(names)}
-    if unknown := [word for word in known.tolist() if word not in index]:
-        note = f"labels left out: expected the classes of the training data, got {unknown[0]!r}"
-        return Labels({}, (), (note,))
-    positions = np.array([index[word] for word in known.tolist()], np.int64)
-    numbers = {split: torch.from_numpy(positions[np.searchsorted(known, array)]) for split, array in as_text.items()}
-    return Labels(numbers, names, ())
+            return Labels({}, notes=(note,))
+        numbers[split] = torch.from_numpy(own.astype(np.int64))
+    return Labels(numbers)
 
 
 def _find_class_numbers(array: np.ndarray) -> np.ndarray | None:
-    """Convert whole numbers (N,) or one-hot rows (N, K) to (N,) int64; None for anything else."""
+    """Convert whole numbers (N,) or one-hot rows (N, K) to whole numbers (N,); None for anything else."""
     if array.dtype.kind not in "buif":
         return None
     if array.ndim == 1:
-        is_whole = array.dtype.kind != "f" or bool(((np.abs(array) < 2**53) & (array == np.round(array))).all())
-        return array.astype(np.int64) if is_whole else None
+        return array if ((np.abs(array) < 2**53) & (array == np.round(array))).all() else None
     is_one_hot = array.ndim == 2 and bool((((array == 0) | (array == 1)).all(1) & (array.sum(1) == 1)).all())
-    return array.argmax(1).astype(np.int64) if is_one_hot else None
+    return array.argmax(1) if is_one_hot else None

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ppl_vae.data import storage
-from ppl_vae.data.array_files import advise_array, find_roles, read_arrays, read_labels
+from ppl_vae.data.array_files import find_roles, read_arrays, read_labels
 from ppl_vae.data.splits import (
     BINARY,
     COUNTS,
@@ -23,6 +23,7 @@ from ppl_vae.data.splits import (
     Splits,
     abbreviate,
     complete_splits,
+    subset,
 )
 from ppl_vae.runtime.errors import pluralize
 
@@ -46,25 +47,21 @@ def load_arrays(path: Path, *, missing: str = "forbid") -> Splits:
         status = os.stat(path)
         if path.suffix.lower() != ".npy" or status.st_size <= storage.LARGE:
             return _read(path, missing, None)
-        options = {"array": "own"} | ({} if missing == "forbid" else {"missing": missing})
-        state = [status.st_size, status.st_mtime_ns]
+        options, state = {"array": "own", "missing": missing}, [status.st_size, status.st_mtime_ns]
         return storage.load_cached(path, options, state, lambda to: _read(path, missing, to))
     except OSError as error:
         raise ValueError(f"dataset: {path} cannot be read: {error.strerror}") from None
 
 
 def _read(path: Path, missing: str, to: Path | None) -> Splits:
-    sha256 = storage.compute_sha256(path)
+    """Read and split arrays, and collect them in the file ``to``."""
     arrays, ignored = read_arrays(path, _find_roles)
-    if "train" not in arrays:
-        got = f"{ignored or 'none'}{advise_array(path, ignored)}"
-        raise ValueError(f"{path}: expected one array, or arrays named train, valid and test, got {got}")
     given = {split: arrays[split] for split in SPLIT_ORDER if split in arrays}
+    if "train" not in given:
+        raise ValueError(f"{path}: expected one array, or arrays named train, valid and test, got {ignored or 'none'}")
     if any(array.ndim > 0 and len(array) == 0 for array in given.values()):
         raise ValueError(f"{path}: expected at least one image in every split, got an empty array")
-    floats = {split: array for split, array in given.items() if missing == "train" and array.dtype.kind == "f"}
-    shares = {split: share for split, array in floats.items() if (share := float(np.isnan(array).mean()))}
-    kind = find_kind(path, given | {split: _first_observed(given[split]) for split in shares})
+    kind = find_kind(path, given, skip_missing=missing == "train")
     images = {split: move_channels_first(path, split, array) for split, array in given.items()}
     shapes = {array.shape[1:] for array in images.values()}
     if len(shapes) > 1:
@@ -74,29 +71,28 @@ def _read(path: Path, missing: str, to: Path | None) -> Splits:
     all_rows = {split: torch.arange(len(array)) for split, array in images.items()}
     rows, numbers, words = complete_splits(str(path), all_rows, labels.numbers)
     words = "as the file gives them" if words == "as given" else words
-    if ignored:
-        words += f"; other arrays ignored: {', '.join(ignored)}"
-    dtype = torch.uint8 if kind in (BINARY, LEVELS) and not shares else torch.float32
+    floats = {split: array for split, array in given.items() if missing == "train" and array.dtype.kind == "f"}
+    shares = {split: share for split, array in floats.items() if (share := float(np.isnan(array).mean()))}
     holes = ", ".join(f"{share:.1%} of {split}" for split, share in shares.items())
     note = (f"missing values (NaN), which leave the likelihood: {holes}",) if shares else ()
+    dtype = torch.uint8 if kind in (BINARY, LEVELS) and not shares else torch.float32
 
-    def iterate_blocks() -> Iterator[np.ndarray]:
+    def iterate_splits() -> Iterator[np.ndarray]:
         for split in SPLIT_ORDER:
             source = images.get(split, images["train"])
             for part in rows[split].split(_count_rows(source)):
                 yield np.ascontiguousarray(source[part.numpy()], dtype=str(dtype).removeprefix("torch."))
 
     sizes = [len(rows[split]) for split in SPLIT_ORDER]
-    stored = storage.collect(iterate_blocks(), (sum(sizes), *shapes.pop()), dtype, to)
-    train, validation, test = stored.split(sizes)
+    train, validation, test = storage.collect(iterate_splits(), (sum(sizes), *shapes.pop()), dtype, to).split(sizes)
     return Splits(
         path.name,
         kind,
         train,
         validation,
         test,
-        sha256=sha256,
-        split=words,
+        sha256=storage.compute_sha256(path),
+        split=f"{words}; other arrays ignored: {', '.join(ignored)}" if ignored else words,
         labels=numbers,
         class_names=labels.class_names,
         notes=(*_describe_shape(given["train"].shape), *labels.notes, *note),
@@ -113,15 +109,10 @@ def _count_rows(array: np.ndarray) -> int:
     return max(1, BLOCK * len(array) // max(1, array.nbytes))
 
 
-def _first_observed(array: np.ndarray) -> np.ndarray:
-    """Replace each NaN of an array (N, *E) by the first observed value of the same pixel, or of any."""
-    values = array.reshape(len(array), -1)
-    missing = np.isnan(values)
-    if not missing.any() or missing.all():
-        return array
-    first = np.take_along_axis(values, (~missing).argmax(0)[None], 0)
-    first = np.where(np.isnan(first), values[~missing][0], first)
-    return np.where(missing, first, values).reshape(array.shape)
+def _iterate_blocks(array: np.ndarray) -> Iterator[np.ndarray]:
+    rows = np.atleast_1d(array)
+    size = _count_rows(rows)
+    return (rows[start : start + size] for start in range(0, len(rows) if rows.size else 0, size))
 
 
 # --- The meaning of axes ---
@@ -156,46 +147,32 @@ def has_channels_first(shape: tuple[int, ...]) -> bool:
 
 
 def _describe_shape(shape: tuple[int, ...]) -> tuple[str, ...]:
-    """Explain how an ambiguous shape was read, and how to have it read otherwise; empty where it is clear."""
-    if len(shape) == 2 and shape[1] >= shape[0]:
-        read = f"(N, D), a table of {shape[0]:,} rows and {shape[1]:,} columns"
-        otherwise = "if each column is one example, save array.T; images are (N, H, W)"
-    elif len(shape) == 3 and shape[2] <= _FEW_COLUMNS:
-        read = f"(N, H, W), {shape[0]:,} gray images of {shape[1]} x {shape[2]}"
-        otherwise = "if it is one image (H, W, C), save several of them as (N, H, W, C)"
-    elif len(shape) == 3 and (shape[1] == shape[0] or shape[0] < shape[2] != shape[1]):
-        read = f"(N, H, W), {shape[0]:,} gray images of {shape[1]} x {shape[2]}"
-        otherwise = "if the images lie along the last axis, save np.moveaxis(array, -1, 0)"
-    elif len(shape) == 4 and shape[1] in _CHANNELS and shape[3] in _CHANNELS:
-        read = f"(N, H, W, C), images of {shape[1]} x {shape[2]} with {pluralize(shape[3], 'channel')}"
-        otherwise = "if the channels come first, save array.transpose(0, 2, 3, 1)"
+    """Say how a shape was read that has a second reading, such as (64, 64, 3); empty where it is clear."""
+    N, *E = shape
+    if len(E) == 1:
+        is_doubtful, read = E[0] >= N, f"(N, D), a table of {N:,} rows and {E[0]:,} columns"
+    elif len(E) == 2:
+        is_doubtful = E[1] <= _FEW_COLUMNS or E[0] == N or N < E[1] != E[0]
+        read = f"(N, H, W), {N:,} gray images of {E[0]} x {E[1]}"
     else:
-        return ()
-    return (f"shape {shape} was read as {read}; {otherwise}",)
+        is_doubtful = E[0] in _CHANNELS and E[2] in _CHANNELS
+        read = f"(N, H, W, C), images of {E[0]} x {E[1]} with {pluralize(E[2], 'channel')}"
+    return (
+        f"shape {shape} was read as {read}; if it is not, save the array with its axes in this order",
+    ) * is_doubtful
 
 
 # --- The kind of the numbers ---
 
-_NONE = np.zeros(1)
-
 
 class ArraySummary(NamedTuple):
-    """Summary of an array's numbers.
-
-    The last four are of floats, for each column of a table (N, D) or for all pixels of images together:
-    ``num_not_finite`` counts NaN and values that single precision cannot hold; for floats longer than single precision
-    there are the largest error of rounding to it, the mean and the standard deviation.
-    """
+    """Summary of an array's numbers; ``low`` and ``high`` are NaN where one of them is, or where there are none."""
 
     dtype: np.dtype
     is_binary: bool = False
     is_whole: bool = False
     low: float = math.nan
     high: float = math.nan
-    num_not_finite: np.ndarray = _NONE
-    rounding: np.ndarray = _NONE
-    mean: np.ndarray = _NONE
-    spread: np.ndarray = _NONE
 
     def has_kind(self, kind: str) -> bool:
         """Whether the numbers are of a kind, a word of ``data.splits``."""
@@ -215,42 +192,26 @@ class ArraySummary(NamedTuple):
         return bool(self.low >= -_LARGEST_FLOAT and self.high <= _LARGEST_FLOAT)
 
 
-def summarize(array: np.ndarray) -> ArraySummary:
-    """Summarize an array in one pass over blocks of rows.
-
-    The mean and the variance of blocks are combined as of Chan, Golub and LeVeque (1983).
-    """
+def summarize(array: np.ndarray, *, skip_missing: bool = False) -> ArraySummary:
+    """Summarize an array in one pass over blocks of rows; ``skip_missing`` leaves NaN out."""
     if array.dtype.kind not in "buif":
         return ArraySummary(array.dtype)
-    is_float = array.dtype.kind == "f"
     is_binary, is_whole, lows, highs = True, True, [], []
-    num_not_finite, rounding, count, mean, squares = _NONE, _NONE, 0, _NONE, _NONE
-    axis = 0 if array.ndim == 2 else None
-    rows = array.reshape(1) if array.ndim == 0 else array
-    num_rows = _count_rows(rows)
-    for block in (rows[start : start + num_rows] for start in range(0, len(rows) if rows.size else 0, num_rows)):
-        is_binary = is_binary and bool(((block == 0) | (block == 1)).all())
-        is_whole = is_whole and (not is_float or bool((block == np.round(block)).all()))
-        lows.append(block.min())
-        highs.append(block.max())
-        if not is_float:
-            continue
-        if not (lows[-1] >= -_LARGEST_FLOAT and highs[-1] <= _LARGEST_FLOAT):
-            num_not_finite = num_not_finite + (~(np.abs(block) <= _LARGEST_FLOAT)).sum(axis=axis)
-        elif array.dtype.itemsize > 4:
-            error = np.abs(block.astype(np.float32).astype(np.float64) - block)
-            rounding = np.maximum(rounding, error.max(axis=axis))
-            size = len(block) if axis == 0 else block.size
-            step, total = block.mean(axis=axis, dtype=np.float64) - mean, count + size
-            mean = mean + step * size / total
-            squares = squares + size * block.var(axis=axis, dtype=np.float64) + step * step * count * size / total
-            count = total
-    low, high = (np.min(lows), np.max(highs)) if lows else (math.nan, math.nan)  # either is NaN where a block's is
-    spread = np.sqrt(squares / max(1, count))
-    return ArraySummary(array.dtype, is_binary, is_whole, low, high, num_not_finite, rounding, mean, spread)
+    for rows in _iterate_blocks(array):
+        block = rows[~np.isnan(rows)] if skip_missing else rows
+        if block.size:
+            is_binary = is_binary and bool(((block == 0) | (block == 1)).all())
+            is_whole = is_whole and bool((block == np.round(block)).all())
+            lows.append(block.min())
+            highs.append(block.max())
+    if not lows:
+        return ArraySummary(array.dtype)
+    return ArraySummary(array.dtype, is_binary, is_whole, np.min(lows), np.max(highs))
 
 
-def find_kind(path: Path, splits: Mapping[str, np.ndarray], *, check_resolution: bool = True) -> str:
+def find_kind(
+    path: Path, splits: Mapping[str, np.ndarray], *, check_resolution: bool = True, skip_missing: bool = False
+) -> str:
     """Find the kind of the numbers of the first split, a word of ``data.splits``, and refuse others of another kind.
 
     Floats are counts only where they are whole numbers in every split. Numbers of no kind raise ValueError.
@@ -259,10 +220,12 @@ def find_kind(path: Path, splits: Mapping[str, np.ndarray], *, check_resolution:
         path: what errors call the file.
         splits: (N, *E) each, one row or more.
         check_resolution: whether real values that single precision cannot tell apart are refused.
+        skip_missing: whether a NaN is a missing value, and no error.
     """
-    summaries = {split: summarize(array) for split, array in splits.items()}
+    summaries = {split: summarize(array, skip_missing=skip_missing) for split, array in splits.items()}
     for split, summary in summaries.items():
-        _check_finite(path, split, summary)
+        if summary.dtype.kind == "f" and not summary.is_finite():
+            _refuse_not_finite(path, split, splits[split])
     train, *others = summaries.values()
     if train.dtype.kind not in "buif":
         raise ValueError(f"{path}: expected numbers, got dtype {train.dtype}")
@@ -270,8 +233,7 @@ def find_kind(path: Path, splits: Mapping[str, np.ndarray], *, check_resolution:
     if kind is None:
         raise ValueError(
             f"{path}: expected zeros and ones, uint8 levels, counts from 0 to {LARGEST_COUNT:,}, or floats, "
-            f"got {train.dtype} from {train.low} to {train.high} in train; real values are saved as floats, centered "
-            f"in float64: {_advise_centering(path)}"
+            f"got {train.dtype} from {train.low} to {train.high} in train; save real values as floats, x - x.mean(0)"
         )
     if kind == COUNTS and train.dtype.kind == "f" and not all(other.has_kind(COUNTS) for other in others):
         kind = REAL
@@ -279,17 +241,15 @@ def find_kind(path: Path, splits: Mapping[str, np.ndarray], *, check_resolution:
         if not summary.has_kind(kind):
             got = f"other values (dtype {summary.dtype})"
             raise ValueError(f"{path}: expected {kind} in {split} as in train, got {got}")
-        if kind == REAL and check_resolution:
-            _check_resolution(path, split, summary)
+        if kind == REAL and check_resolution and summary.dtype.itemsize > 4:
+            _check_resolution(path, split, splits[split])
     return kind
 
 
-def _check_finite(path: Path, split: str, summary: ArraySummary) -> None:
-    """Refuse NaN, infinity and what float32 cannot hold, and name the columns of a table that have them."""
-    if summary.dtype.kind != "f" or summary.is_binary or summary.is_finite():
-        return
-    counts = summary.num_not_finite
-    columns = np.flatnonzero(counts).tolist() if counts.size > 1 else []
+def _refuse_not_finite(path: Path, split: str, array: np.ndarray) -> None:
+    """Raise ValueError for NaN, infinity and what float32 cannot hold; it names the columns of a table."""
+    counts = np.sum([(~(np.abs(block) <= _LARGEST_FLOAT)).sum(0) for block in _iterate_blocks(array)], 0)
+    columns = np.flatnonzero(counts).tolist() if array.ndim == 2 else []
     where = f", in {'column' if len(columns) == 1 else 'columns'} {abbreviate(map(str, columns))}, counted from 0"
     raise ValueError(
         f"{path}: expected finite values, got NaN or infinity in {split}: {int(counts.sum()):,} of the values"
@@ -298,27 +258,24 @@ def _check_finite(path: Path, split: str, summary: ArraySummary) -> None:
     )
 
 
-def _check_resolution(path: Path, split: str, summary: ArraySummary) -> None:
+def _check_resolution(path: Path, split: str, array: np.ndarray) -> None:
     """Refuse values that float32 rounds to a coarse grid, such as timestamps: a density would fit the grid.
 
-    A column whose spread is the rounding of float64 itself is a constant, and passes.
+    Columns of a table, or all pixels of images together, are examined in a fixed random subset of rows. A column whose
+    spread is the rounding of float64 itself is a constant, and passes.
     """
-    is_constant = summary.spread <= _CONSTANT * np.abs(summary.mean)
-    columns = np.flatnonzero((summary.rounding > _MOST_ROUNDING * summary.spread) & ~is_constant).tolist()
+    rows = np.ma.masked_invalid(array[subset(len(array), 8 * _count_rows(array)).numpy()])
+    axis = 0 if array.ndim == 2 else None
+    mean, spread = np.ma.atleast_1d(rows.mean(axis)), np.ma.atleast_1d(rows.std(axis))
+    rounding = np.abs(rows.astype(np.float32).astype(np.float64) - rows).max(axis)
+    is_coarse = (rounding > _MOST_ROUNDING * spread) & (spread > _CONSTANT * np.abs(mean))
+    columns = np.flatnonzero(np.ma.filled(is_coarse, False)).tolist()
     if not columns:
         return
-    mean, spread = float(summary.mean.flat[columns[0]]), float(summary.spread.flat[columns[0]])
-    where = f"in {split}" if summary.spread.size == 1 else f"in column {columns[0]} of {split}"
+    where = f"in column {columns[0]} of {split}" if array.ndim == 2 else f"in {split}"
     more = f", and likewise in {pluralize(len(columns) - 1, 'more column')}" * (len(columns) > 1)
     raise ValueError(
-        f"{path}: expected values that single precision can tell apart, got {summary.dtype} around {mean:.7g} with a "
-        f"spread of {spread:.2g} {where}{more}; center them first, in float64: {_advise_centering(path)}"
+        f"{path}: expected values that single precision can tell apart, got {array.dtype} around "
+        f"{float(mean[columns[0]]):.7g} with a spread of {float(spread[columns[0]]):.2g} {where}{more}; center them "
+        "first, in float64: x - x.mean(0), with the means of train for every split"
     )
-
-
-def _advise_centering(path: Path) -> str:
-    """Write the line of NumPy that centers the columns of a file; VAEDensity centers its tables itself."""
-    if path.suffix.lower() == ".npy":
-        name = repr(path.name)
-        return f"x = numpy.load({name}); numpy.save('centered.npy', x - x.mean(0))"
-    return "x - train.mean(0), with the training means for every split"

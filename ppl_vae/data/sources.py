@@ -16,15 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from ppl_vae.data import COLORS, DATASETS, FITS, MISSING, PROTOCOLS
-from ppl_vae.data.array_files import (
-    advise_array,
-    advise_conversion,
-    find_roles,
-    is_array_file,
-    is_text_table,
-    read_arrays,
-    read_labels,
-)
+from ppl_vae.data.array_files import find_roles, is_array_file, read_arrays, read_labels
 from ppl_vae.data.arrays import load_arrays, summarize
 from ppl_vae.data.folder import ImageOptions, list_reasons, load_image_folder, read_image_files
 from ppl_vae.data.folder_layout import describe_others, find_images, find_layout, label_by_folder
@@ -81,8 +73,10 @@ def load(
         return load_arrays(path, missing=missing)
     if not is_named:
         if os.path.exists(dataset):
-            advice = advise_conversion(path)
-            raise ValueError(f"dataset: expected an .npz or .npy file or a folder of images, got {dataset!r}{advice}")
+            raise ValueError(
+                f"dataset: expected an .npz or .npy file or a folder of images, got {dataset!r}; numpy.save('own.npy', "
+                "numpy.loadtxt('own.csv', delimiter=',', skiprows=1)) makes one of a table of numbers below a header"
+            )
         names, near = ", ".join(DATASETS), get_close_matches(dataset, DATASETS, n=1)
         hint = f"; did you mean {near[0]}?" if near else ", which is none of these"
         raise ValueError(
@@ -196,9 +190,7 @@ def _load_images_from_arrays(file: Path, splits: Splits) -> UserImages:
     arrays, others = read_arrays(file, choose)
     if not chosen:
         words = ", ".join(("test", *_OTHER_IMAGES))
-        raise ValueError(
-            f"{file}: expected one array, or one named {words}, got {others or 'none'}{advise_array(file, others)}"
-        )
+        raise ValueError(f"{file}: expected one array, or one named {words}, got {others or 'none'}")
     split = next(iter(chosen))
     images = _match_event_shape(file, arrays[split], splits.event_shape)
     label_arrays = {split: arrays[f"{split} labels"]} if f"{split} labels" in arrays else {}
@@ -235,10 +227,9 @@ def _match_scale(file: Path, array: np.ndarray, kind: str) -> np.ndarray:
     """Convert an array to float32 on the scale of the training data, and refuse another kind."""
     if array.dtype.kind not in "buif":
         raise ValueError(f"{file}: expected numbers, got dtype {array.dtype}")
-    observed = array[~np.isnan(array)] if array.dtype.kind == "f" else array
-    summary = summarize(observed if observed.size else np.zeros_like(array, shape=1))
+    summary = summarize(array, skip_missing=True)
     words, kinds = _ACCEPTED[kind]
-    if not any(map(summary.has_kind, kinds)):
+    if not any(map(summary.has_kind, kinds)) and not np.isnan(array).all():
         has_levels = kind in (LEVELS, PROBABILITIES) and bool(summary.low >= 0 and 1 < summary.high <= 255)
         raise ValueError(
             f"{file}: expected {words} (the model was trained on {kind}), got {array.dtype} from {summary.low} to "
@@ -250,8 +241,6 @@ def _match_scale(file: Path, array: np.ndarray, kind: str) -> np.ndarray:
 
 
 def _load_images_from_files(path: Path, splits: Splits, fit: str) -> UserImages:
-    if is_text_table(path):
-        raise ValueError(f"{path}: expected an .npz or .npy file, an image or a folder{advise_conversion(path)}")
     if len(splits.event_shape) != 3 or splits.event_shape[0] not in (1, 3) or splits.kind in (REAL, COUNTS):
         trained_on = f"{splits.kind} of shape {splits.event_shape}"
         raise ValueError(f"{path}: expected an .npz or .npy file, since the model was trained on {trained_on}")

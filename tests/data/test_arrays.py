@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import os
-import re
 import zipfile
 from pathlib import Path
 
@@ -385,7 +383,7 @@ BAD_ARRAYS: dict[str, tuple[np.ndarray, str]] = {
     "NaN": (set_value(FLOATS, np.nan), NOT_FINITE),
     "infinity": (set_value(FLOATS, np.inf), NOT_FINITE),
     "floats beyond float32": (set_value(FLOATS, 1e39), NOT_FINITE),
-    "integers below 0": (GRAY.astype(np.int64) - GRAY.min() - 1, "uint8 levels, .* got int64 from -1 .*float64: x = "),
+    "integers below 0": (GRAY.astype(np.int64) - GRAY.min() - 1, "uint8 levels, .* got int64 from -1 .*as floats"),
     "counts beyond single precision": (GRAY.astype(np.int64) + 2**25, "counts from 0 to 16,777,216, .* got int64 from"),
     "five dimensions": (np.zeros((20, 1, 4, 5, 1), np.uint8), r"got shape \(20, 1, 4, 5, 1\) in train"),
     "no dimension": (np.array(1, np.uint8), r"got shape \(\)"),
@@ -487,53 +485,9 @@ def test_an_array_whose_header_lies_is_refused_in_one_line(tmp_path, size, lie, 
     assert "allow_pickle" not in str(refused.value)
 
 
-def test_an_archive_that_expands_beyond_the_limit_is_refused_before_it_is_read(tmp_path, monkeypatch):
+def test_an_archive_that_does_not_fit_into_memory_is_refused_before_it_is_read(tmp_path, monkeypatch):
     np.savez_compressed(tmp_path / "own.npz", np.zeros((100, 2**20), np.uint8))
     monkeypatch.setattr(np.lib.npyio.NpzFile, "__getitem__", lambda *_: pytest.fail("it was read"))
-    with pytest.raises(ValueError, match=r"its arrays take 104,857,728 bytes, more than 200 times the file"):
+    monkeypatch.setattr(storage, "get_available_memory", lambda: 10**8)
+    with pytest.raises(ValueError, match=r"its arrays take 104,857,728 bytes, and 100,000,000 are available; save it"):
         data.load(str(tmp_path / "own.npz"))
-
-
-def follow_advice(folder: Path, error: pytest.ExceptionInfo[ValueError], **replaced: str) -> str:
-    """Run the lines of NumPy that an error advises, in the folder, and return the path of the file that they write."""
-    lines = re.search(r"((?:x = )?numpy\..*\))", str(error.value))
-    assert lines is not None
-    code = lines.group(1)
-    for old, new in replaced.items():
-        code = code.replace(old, new)
-    before = set(folder.iterdir())
-    with contextlib.chdir(folder):
-        exec(code, {"numpy": np})
-    (written,) = set(folder.iterdir()) - before
-    return str(written)
-
-
-def test_the_advice_for_a_column_beyond_single_precision_makes_a_file_that_is_read(tmp_path):
-    table = np.stack([WIDE, TIMES], 1)
-    with pytest.raises(ValueError, match="center them first") as error:
-        load(tmp_path, table)
-    read = data.load(follow_advice(tmp_path, error))
-    centered = (table - table.mean(0)).astype(np.float32)
-    np.testing.assert_array_equal(sort_images(read), centered[np.lexsort(centered.T)])
-
-
-@pytest.mark.parametrize(("name", "delimiter"), [("t.csv", ","), ("t.TSV", "\t"), ("t.txt", " ")])
-def test_the_advice_for_a_table_of_text_makes_a_file_that_is_read(tmp_path, name, delimiter):
-    table = RNG.normal(size=(30, 3))
-    np.savetxt(tmp_path / name, table, delimiter=delimiter, header="a b c")
-    with pytest.raises(ValueError, match=r"expected an \.npz or \.npy file or a folder of images, got") as error:
-        data.load(str(tmp_path / name))
-    read = data.load(follow_advice(tmp_path, error))
-    np.testing.assert_allclose(sort_images(read), table[np.lexsort(table.T)], rtol=1e-6)
-
-
-def test_the_advice_for_an_archive_of_other_names_makes_a_file_that_is_read(tmp_path):
-    """As dSprites has it: images, labels, and a dictionary that only unpickling could read."""
-    images = RNG.integers(0, 2, (30, 5, 4), np.uint8)
-    others = {"metadata": np.array({"a": 1}, object), "latents_values": np.zeros((30, 6))}
-    np.savez(tmp_path / "sprites.npz", imgs=images, **others)
-    with pytest.raises(ValueError, match="expected one array, or arrays named train, valid and test, got") as error:
-        data.load(str(tmp_path / "sprites.npz"))
-    read = data.load(follow_advice(tmp_path, error, NAME="imgs"))
-    assert (read.kind, read.event_shape) == (data.BINARY, (1, 5, 4))
-    assert sum(map(len, (read.train, read.validation, read.test))) == 30

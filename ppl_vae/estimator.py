@@ -184,8 +184,8 @@ class VAEDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
         is_scaled = self.kind_ in (data.PROBABILITIES, data.REAL)
         if is_density and (words := data.describe_constant_columns(splits.train)):
             warnings.warn(words, stacklevel=2)
-        if is_density and is_scaled and (repeats := data.find_repeats(splits.train)):
-            warnings.warn(f"X: {repeats.describe()}", stacklevel=2)
+        if is_density and is_scaled and (words := data.describe_repeats(splits.train)):
+            warnings.warn(f"X: {words}", stacklevel=2)
         self.likelihood_, self._pixels_ = options.likelihood, choose_pixels(options, splits)
         self._n_features_out = options.latent_dim
         place = find_device(options.device)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import lzma
 import os
 import random
 import re
@@ -36,7 +35,7 @@ from small_run import SMALL, bars, save_bars, train_small
 
 from ppl_vae import data, runs
 from ppl_vae.commands import latents as imputation
-from ppl_vae.data import binary_sets, image_sets, storage
+from ppl_vae.data import binary_sets, storage
 from ppl_vae.data import folder as image_folder
 from ppl_vae.runs.certificates import read_certificates
 from ppl_vae.runs.checkpoints import BlockStore, find_newest_checkpoint
@@ -235,7 +234,7 @@ def readers(folder: Path) -> list[Reader]:
     images, _ = bars(40)
     rest = {"dataset": str(save_bars(folder / "bars.npz")), "epochs": 1}
     run = train_small(folder / "run", SMALL.__class__(**{**vars(SMALL), **rest}))
-    return [*of_data(folder, images), *of_runs(run), *of_published(folder)]
+    return [*of_data(folder, images), *of_runs(run), *of_published()]
 
 
 def of_data(folder: Path, images: np.ndarray) -> Iterator[Reader]:
@@ -332,7 +331,7 @@ def of_block_store(run: Path) -> Reader:
     return Reader("partial evaluation", ".safetensors", (content,), read, (tensor_header,) * 6)
 
 
-def of_published(folder: Path) -> Iterator[Reader]:
+def of_published() -> Iterator[Reader]:
     line = b" ".join([b"0", b"1"] * 392) + b"\n"
     yield Reader("amat", ".amat", (line * 3,), binary_sets._read_amat)
     packed = npz(train=np.zeros((3, 98), np.uint8), valid=np.ones((2, 98), np.uint8), test=np.ones((2, 98), np.uint8))
@@ -345,26 +344,6 @@ def of_published(folder: Path) -> Iterator[Reader]:
     savemat(file, stored)
     published = mock.patch.object(binary_sets, "_CALTECH_MAT_MD5", hashlib.md5(file.getvalue()).hexdigest())
     yield Reader("mat", ".mat", (file.getvalue(),), published(binary_sets._read_mat))
-
-    header = struct.pack(">4B3I", 0, 0, 8, 3, 4, 28, 28)
-    resource_folder = folder / "package" / "mnist"
-    resource_folder.mkdir(parents=True)
-    name = "t10k-images-idx3-ubyte"
-
-    def read_idx(path: Path) -> object:
-        (resource_folder / f"{name}.xz").write_bytes(path.read_bytes())
-        with mock.patch.object(image_sets, "files", return_value=folder / "package"):
-            return image_sets._read_embedded(name)
-
-    bomb = lzma.compress(bytes(300 * 2**20), preset=0)
-    yield Reader(
-        "idx.xz",
-        ".xz",
-        (lzma.compress(header + bytes(4 * 784)), bomb),
-        read_idx,
-        names_the_file=False,
-        refuses_all=True,
-    )
 
 
 # --- The run ---

@@ -68,7 +68,7 @@ _NAMES = {
     "splits": "BINARY COUNTS KINDS LEVELS NUM_LEVELS PROBABILITIES REAL UNIT_INTERVAL Splits fill_from_observed subset",
     "storage": "allocate compute_sha256 is_mapped",
     "transforms": "PIXELS binarization_entropy clamp_to_unit_interval convert_to_float dequantize_uniformly "
-    "describe_constant_columns evaluation_images expected_images find_repeats initialization_images map_images "
+    "describe_constant_columns describe_repeats evaluation_images expected_images initialization_images map_images "
     "probabilities resolve_binarization sample_bernoulli scale_to_unit_interval training_images",
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}

@@ -65,14 +65,15 @@ def read_arrays(
     """
     arrays: dict[str, np.ndarray] = {}
     try:
-        loaded = np.load(path, mmap_mode="r", allow_pickle=False)
+        with np.errstate(over="ignore"):  # of a size that no memory has
+            loaded = np.load(path, mmap_mode="r", allow_pickle=False)
         if isinstance(loaded, np.ndarray):
             return dict.fromkeys(choose(["array"]), loaded), []
         with loaded:
             chosen = choose(loaded.files)
             others = [name for name in loaded.files if name not in chosen.values()]
             sizes = {file.filename.removesuffix(".npy"): file.file_size for file in loaded.zip.infolist()}
-            num_bytes, available = sum(sizes[name] for name in chosen.values()), storage.get_available_memory()
+            num_bytes, available = sum(sizes.get(name, 0) for name in chosen.values()), storage.get_available_memory()
             if available is not None and num_bytes > available:
                 raise ValueError(
                     f"its arrays take {num_bytes:,} bytes, and {available:,} are available; save it as .npy, which is "

@@ -15,7 +15,6 @@ from ppl_vae.data.image_sets import PublishedFile, get_published_file, import_lo
 from ppl_vae.data.splits import BINARY, SPLIT_ORDER, Splits
 
 _NUM_PIXELS = 28 * 28
-_MOST_AMAT_BYTES = 50_000 * (2 * _NUM_PIXELS + 2)  # for each pixel a digit and a space, then the end of the line
 
 # SHA-256 of each split's pixels, one byte each, row by row.
 _STATIC_MNIST_SHA256 = {
@@ -33,9 +32,8 @@ _CALTECH_MAT_MD5 = "4483e9c14b188fd09937f9ea6f9ea777"  # as in NEVIS'22 (github.
 
 _STATIC_NPZ = "static_mnist.npz"
 _CALTECH_NPZ, _CALTECH_MAT = "caltech101_silhouettes.npz", "caltech101_silhouettes_28_split1.mat"
-_IN_NPZ = {"train": "train", "validation": "valid", "test": "test"}
-_IN_MAT = _IN_NPZ | {"validation": "val"}
-_STATIC_AMAT = {split: f"binarized_mnist_{word}.amat" for split, word in _IN_NPZ.items()}
+_WORDS = {"train": "train", "validation": "valid", "test": "test"}
+_STATIC_AMAT = {split: f"binarized_mnist_{word}.amat" for split, word in _WORDS.items()}
 
 
 def read_static_mnist(data_dir: Path, *, download: bool = True) -> Splits:
@@ -48,7 +46,8 @@ def read_static_mnist(data_dir: Path, *, download: bool = True) -> Splits:
     folders = (data_dir, data_dir / "static_mnist")
     for folder in folders:
         if isfile(path := folder / _STATIC_NPZ):
-            pixels = {split: _unpack(path, bits) for split, bits in _read_npz(path, _IN_NPZ).items()}
+            packed, _ = read_arrays(path, lambda _: _WORDS)
+            pixels = {split: np.unpackbits(bits.astype(np.uint8), axis=-1) for split, bits in packed.items()}
             return _build("static-mnist", path, pixels, _STATIC_MNIST_SHA256)
         if all(isfile(folder / name) for name in _STATIC_AMAT.values()):
             pixels = {split: _read_amat(folder / name) for split, name in _STATIC_AMAT.items()}
@@ -66,15 +65,15 @@ def read_caltech_silhouettes(data_dir: Path, *, download: bool = True) -> Splits
     folders = (data_dir, data_dir / "caltech101_silhouettes")
     for folder in folders:
         if isfile(path := folder / _CALTECH_NPZ):
-            names = {split: f"{word}_images" for split, word in _IN_NPZ.items()}
-            names |= {f"{split} labels": f"{word}_labels" for split, word in _IN_NPZ.items()}
-            arrays = _read_npz(path, names | {"class names": "classnames"})
+            names = {split: f"{word}_images" for split, word in _WORDS.items()}
+            names |= {f"{split} labels": f"{word}_labels" for split, word in _WORDS.items()}
+            arrays, _ = read_arrays(path, lambda _: names | {"class names": "classnames"})  # noqa: B023
         elif isfile(path := folder / _CALTECH_MAT):
             arrays = _read_mat(path)
         else:
             continue
-        pixels = {split: arrays[split] for split in _IN_NPZ}
-        labels = {split: arrays[f"{split} labels"].reshape(-1).astype(np.int64) - 1 for split in _IN_NPZ}  # from 1 on
+        pixels = {split: arrays[split] for split in _WORDS}
+        labels = {split: arrays[f"{split} labels"].reshape(-1).astype(np.int64) - 1 for split in _WORDS}  # from 1 on
         class_names = tuple(map(str, arrays["class names"]))
         return _build("caltech-silhouettes", path, pixels, _CALTECH_SHA256, labels, class_names)
     raise _missing_file("caltech-silhouettes", folders, f"{_CALTECH_NPZ} or {_CALTECH_MAT}")
@@ -92,9 +91,6 @@ def _build(
     for split, array in pixels.items():
         if hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest() != checksums[split]:
             raise ValueError(f"{where}: the checksum of {split} is not that of {name}; fetch the file again")
-    for split, numbers in (labels or {}).items():
-        if len(numbers) != len(pixels[split]) or numbers.min() < 0 or numbers.max() >= len(class_names):
-            raise ValueError(f"{where}: the labels of {split} are not those of {name}; fetch the file again")
     train, validation, test = (torch.from_numpy(pixels[split].reshape(-1, 1, 28, 28)) for split in SPLIT_ORDER)
     return Splits(
         name,
@@ -117,31 +113,13 @@ def _missing_file(name: str, folders: tuple[Path, ...], expected: str) -> ValueE
     )
 
 
-def _read_npz(path: Path, names: Mapping[str, str]) -> dict[str, np.ndarray]:
-    """Read {role: array}, given {role: name}."""
-    arrays, _ = read_arrays(path, lambda present: {role: name for role, name in names.items() if name in present})
-    if missing := [name for role, name in names.items() if role not in arrays]:
-        raise ValueError(f"{path}: expected the arrays {', '.join(names.values())}, got no {', '.join(missing)}")
-    return arrays
-
-
-def _unpack(path: Path, bits: np.ndarray) -> np.ndarray:
-    """Unpack bits (N, 98) into pixels (N, 784)."""
-    if bits.dtype != np.uint8 or bits.shape[1:] != (_NUM_PIXELS // 8,):
-        raise ValueError(f"{path}: expected bytes (N, {_NUM_PIXELS // 8}), got {bits.dtype} {bits.shape}")
-    return np.unpackbits(bits, axis=1)
-
-
 def _read_amat(path: Path) -> np.ndarray:
     """Read pixels (N, 784) from a text file with one image per line, as zeros and ones between spaces."""
     try:
-        content = np.fromfile(path, np.uint8, _MOST_AMAT_BYTES).tobytes()
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    digits = np.frombuffer(content.translate(None, b" \t\r\n"), np.uint8)
-    if digits.size % _NUM_PIXELS or not ((digits == ord("0")) | (digits == ord("1"))).all():
-        raise ValueError(f"{path}: expected lines of {_NUM_PIXELS} zeros and ones, got {digits.size:,} characters")
-    return (digits - ord("0")).reshape(-1, _NUM_PIXELS)
+        digits = np.frombuffer(path.read_bytes().translate(None, b" \t\r\n"), np.uint8) - ord("0")
+        return digits.reshape(-1, _NUM_PIXELS)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: expected lines of {_NUM_PIXELS} zeros and ones: {error}") from None
 
 
 def _read_mat(path: Path) -> dict[str, np.ndarray]:
@@ -152,9 +130,9 @@ def _read_mat(path: Path) -> dict[str, np.ndarray]:
     file = PublishedFile(path.name, _CALTECH_URL, _CALTECH_MAT_MD5)
     get_published_file("caltech-silhouettes", path.parent, file, download=False)
     stored = import_loadmat("caltech-silhouettes")(path)
-    arrays = {f"{split} labels": stored[f"{word}_labels"] for split, word in _IN_MAT.items()}
-    arrays["class names"] = np.array([name.item() for name in stored["classnames"].reshape(-1)])
-    for split, word in _IN_MAT.items():
+    arrays = {"class names": np.array([name.item() for name in stored["classnames"].reshape(-1)])}
+    for split, word in (_WORDS | {"validation": "val"}).items():
+        arrays[f"{split} labels"] = stored[f"{word}_labels"]
         columns = stored[f"{word}_data"].astype(np.uint8).reshape(-1, 28, 28)
         arrays[split] = columns.transpose(0, 2, 1).reshape(-1, _NUM_PIXELS)
     return arrays

@@ -35,27 +35,30 @@ _IDX_SHA256 = {
     "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
     "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
 }
-_MOST_IDX_BYTES = 16 + 60_000 * 28 * 28
 
 
 def read_mnist(data_dir: Path, *, download: bool = True) -> Splits:
     """MNIST (LeCun and Cortes), from the package itself: 50,000 / 10,000 / 10,000 images (1, 28, 28)."""
+    contents = []
+    for name, sha256 in _IDX_SHA256.items():
+        resource = files("ppl_vae") / "mnist" / f"{name}.xz"
+        try:
+            content = lzma.decompress(resource.read_bytes())
+        except (OSError, lzma.LZMAError) as error:
+            raise ValueError(
+                f"{resource}: the embedded MNIST cannot be read ({error}); install the package again"
+            ) from None
+        if hashlib.sha256(content).hexdigest() != sha256:
+            raise ValueError(f"{resource}: the checksum is not that of MNIST; install the package again")
+        contents.append(content)
     sha256 = hashlib.sha256("".join([*_IDX_SHA256.values()][:2]).encode()).hexdigest()
-    return _split_idx("mnist", map(_read_embedded, _IDX_SHA256), _DIGITS, sha256)
+    return _split_idx("mnist", contents, _DIGITS, sha256)
 
 
-def _read_embedded(name: str) -> np.ndarray:
-    """Read (N, 28, 28) or (N,) uint8 from an embedded file, and verify its checksum."""
-    resource = files("ppl_vae") / "mnist" / f"{name}.xz"
-    try:
-        content = lzma.LZMADecompressor().decompress(resource.read_bytes(), max_length=_MOST_IDX_BYTES)
-    except (OSError, lzma.LZMAError) as error:
-        raise ValueError(
-            f"{resource}: the embedded MNIST cannot be read ({error}); install the package again"
-        ) from None
-    if hashlib.sha256(content).hexdigest() != _IDX_SHA256[name]:
-        raise ValueError(f"{resource}: the checksum is not that of MNIST; install the package again")
-    return _parse_idx(content)
+def _split_idx(name: str, contents: Iterable[bytes], class_names: tuple[str, ...], sha256: str | None = None) -> Splits:
+    """Build the splits of the four files of MNIST's format."""
+    train, test, train_labels, test_labels = map(_parse_idx, contents)
+    return _split(name, (train[:, None], train_labels), (test[:, None], test_labels), 10_000, class_names, sha256)
 
 
 def _parse_idx(content: bytes) -> np.ndarray:
@@ -63,14 +66,6 @@ def _parse_idx(content: bytes) -> np.ndarray:
     num_axes = content[3]
     shape = struct.unpack(f">{num_axes}I", content[4 : 4 + 4 * num_axes])
     return np.frombuffer(content, np.uint8, offset=4 + 4 * num_axes).reshape(shape).copy()
-
-
-def _split_idx(
-    name: str, arrays: Iterable[np.ndarray], class_names: tuple[str, ...], sha256: str | None = None
-) -> Splits:
-    """Build the splits of the four arrays of MNIST's format."""
-    train, test, train_labels, test_labels = arrays
-    return _split(name, (train[:, None], train_labels), (test[:, None], test_labels), 10_000, class_names, sha256)
 
 
 def _split(
@@ -83,27 +78,22 @@ def _split(
 ) -> Splits:
     """Build the splits of images (N, C, H, W) and labels (N,); the last training images are validation.
 
-    Args:
-        sha256: of the data set; None: of the checksums of the two sets of pixels.
+    ``sha256`` is that of the data set; None: of the checksums of the two sets of pixels.
     """
-    (pixels, labels), (test_pixels, test_labels) = train, test
     if sha256 is None:
-        checksums = (hashlib.sha256(np.ascontiguousarray(array).data).hexdigest() for array in (pixels, test_pixels))
+        checksums = (hashlib.sha256(np.ascontiguousarray(pixels).data).hexdigest() for pixels, _ in (train, test))
         sha256 = hashlib.sha256("".join(checksums).encode()).hexdigest()
-    images, numbers = torch.from_numpy(pixels), torch.from_numpy(labels.astype(np.int64))
+    images, test_images = torch.from_numpy(train[0]), torch.from_numpy(test[0])
+    labels, test_labels = (torch.from_numpy(part[1].astype(np.int64)) for part in (train, test))
     return Splits(
         name,
         LEVELS,
         images[:-num_validation],
         images[-num_validation:],
-        torch.from_numpy(test_pixels),
+        test_images,
         sha256=sha256,
         split=f"the last {num_validation:,} training images are validation",
-        labels={
-            "train": numbers[:-num_validation],
-            "validation": numbers[-num_validation:],
-            "test": torch.from_numpy(test_labels.astype(np.int64)),
-        },
+        labels={"train": labels[:-num_validation], "validation": labels[-num_validation:], "test": test_labels},
         class_names=class_names,
     )
 
@@ -211,7 +201,7 @@ def _read_idx_set(
 ) -> Splits:
     """Read the four files of a data set in the format of MNIST."""
     paths = [get_published_file(name, data_dir, file, download=download) for file in published]
-    return _split_idx(name, (_parse_idx(gzip.decompress(path.read_bytes())) for path in paths), class_names)
+    return _split_idx(name, (gzip.decompress(path.read_bytes()) for path in paths), class_names)
 
 
 def read_cifar10(data_dir: Path, *, download: bool = True) -> Splits:

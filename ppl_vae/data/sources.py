@@ -50,14 +50,10 @@ def load(
 
     Raises ValueError for an unknown name, missing or damaged files, or values that are no images.
     """
-    for argument, words, word in (
-        ("protocol", PROTOCOLS, protocol),
-        ("fit", FITS, fit),
-        ("color", COLORS, color),
-        ("missing", MISSING, missing),
-    ):
-        if word not in words and word is not None:
-            raise ValueError(f"{argument}: expected one of {', '.join(words)}, got {word!r}")
+    choices = {"protocol": PROTOCOLS, "fit": FITS, "color": (*COLORS, None), "missing": MISSING}
+    for argument, word in {"protocol": protocol, "fit": fit, "color": color, "missing": missing}.items():
+        if word not in choices[argument]:
+            raise ValueError(f"{argument}: expected one of {', '.join(filter(None, choices[argument]))}, got {word!r}")
     if protocol == "iwae" and dataset not in _IWAE_DATASETS:
         raise ValueError(
             f"protocol: expected vampprior for {dataset} (iwae is for {', '.join(_IWAE_DATASETS)}), got iwae"
@@ -71,25 +67,29 @@ def load(
             raise ValueError(f"{argument}: expected none for {dataset} (it is for a folder of images), got {value}")
     if is_array:
         return load_arrays(path, missing=missing)
-    if not is_named:
-        if os.path.exists(dataset):
-            raise ValueError(
-                f"dataset: expected an .npz or .npy file or a folder of images, got {dataset!r}; numpy.save('own.npy', "
-                "numpy.loadtxt('own.csv', delimiter=',', skiprows=1)) makes one of a table of numbers below a header"
-            )
-        names, near = ", ".join(DATASETS), get_close_matches(dataset, DATASETS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ", which is none of these"
-        raise ValueError(
-            f"dataset: expected {names}, or the path of an .npz or .npy file or of a folder of images, "
-            f"got {dataset!r}{hint}"
+    if is_named:
+        folder = Path(data_dir or os.environ.get("PPL_VAE_DATA_DIR") or "data").expanduser()
+        splits = DATASETS[dataset].import_reader()(folder, download=download)
+        return splits if protocol == "vampprior" else _return_validation_images(splits)
+    if os.path.exists(dataset):
+        hint = (
+            "; numpy.save('own.npy', numpy.loadtxt('own.csv', delimiter=',', skiprows=1)) makes one of a table of "
+            "numbers below a header"
         )
-    folder = Path(data_dir or os.environ.get("PPL_VAE_DATA_DIR") or "data").expanduser()
-    splits = DATASETS[dataset].import_reader()(folder, download=download)
-    if protocol != "iwae":
-        return splits
+    else:
+        near = get_close_matches(dataset, DATASETS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ", which is none of these"
+    raise ValueError(
+        f"dataset: expected {', '.join(DATASETS)}, or the path of an .npz or .npy file or of a folder of images, "
+        f"got {dataset!r}{hint}"
+    )
+
+
+def _return_validation_images(splits: Splits) -> Splits:
+    """Under the iwae protocol the validation images train, from which they were taken."""
     labels = {name: splits.labels[name] for name in ("train", "validation", "test")}
     labels |= {"train": torch.cat([labels["train"], labels["validation"]]), "validation": labels["validation"][:0]}
-    return replace(  # the validation images go back to train, from which they were taken
+    return replace(
         splits,
         train=torch.cat([splits.train, splits.validation]),
         validation=splits.validation[:0],
@@ -177,27 +177,24 @@ def load_images(
 def _load_images_from_arrays(file: Path, splits: Splits) -> UserImages:
     if not os.path.isfile(file):
         raise ValueError(f"images: {file}: no such file")
-    chosen: dict[str, str] = {}
 
     def choose(names: list[str]) -> dict[str, str]:
+        """Keep the images of test and their labels, or those of the only split."""
         roles = find_roles(names, "test", _OTHER_IMAGES)
         found = [role for role in roles if not role.endswith("labels")]
-        if "test" in found or len(found) == 1:
-            split = "test" if "test" in found else found[0]
-            chosen.update({role: roles[role] for role in (split, f"{split} labels") if role in roles})
-        return chosen
+        kept = "test" if "test" in found or len(found) != 1 else found[0]
+        return {role.replace(kept, "images"): name for role, name in roles.items() if role in (kept, f"{kept} labels")}
 
     arrays, others = read_arrays(file, choose)
-    if not chosen:
+    if "images" not in arrays:
         words = ", ".join(("test", *_OTHER_IMAGES))
         raise ValueError(f"{file}: expected one array, or one named {words}, got {others or 'none'}")
-    split = next(iter(chosen))
-    images = _match_event_shape(file, arrays[split], splits.event_shape)
-    label_arrays = {split: arrays[f"{split} labels"]} if f"{split} labels" in arrays else {}
-    labels = read_labels(str(file), label_arrays, {split: len(images)}, splits.class_names)
-    ignored = (f"images are {chosen[split]}; other arrays ignored: {', '.join(others)}",) if others else ()
+    images = _match_event_shape(file, arrays["images"], splits.event_shape)
+    given = {"images": arrays["images labels"]} if "images labels" in arrays else {}
+    labels = read_labels(str(file), given, {"images": len(images)}, splits.class_names)
+    ignored = (f"other arrays ignored: {', '.join(others)}",) if others else ()
     x = torch.from_numpy(_match_scale(file, images, splits.kind))
-    return UserImages(x, labels.numbers.get(split), tuple(map(str, range(len(x)))), ignored + labels.notes)
+    return UserImages(x, labels.numbers.get("images"), tuple(map(str, range(len(x)))), ignored + labels.notes)
 
 
 def _match_event_shape(file: Path, array: np.ndarray, event_shape: tuple[int, ...]) -> np.ndarray:

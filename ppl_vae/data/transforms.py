@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -229,49 +228,36 @@ _MOST_IN_GROUP = 2**15  # in a larger group, single precision itself makes many 
 _MOST_DISTINCT = 0.75  # at least 0.99 of the values of continuous data are distinct in single precision
 
 
-class Repeats(NamedTuple):
-    """The largest number of distinct values in a group that repeats, and the columns of a table that repeat."""
-
-    num_distinct: int
-    columns: tuple[int, ...] = ()
-
-    def describe(self) -> str:
-        """Describe what repeats, its effect on a density, and which likelihood has a mass instead."""
-        where = f" in columns {abbreviate(map(str, self.columns))}" * bool(self.columns)
-        words = (
-            f"Values repeat{where} (at most {self.num_distinct:,} are distinct), as levels and counts do on any scale: "
-            "a density of values on a grid has no upper bound, and its nats compare only with densities of the same "
-            "values."
-        )
-        if self.num_distinct <= NUM_LEVELS:
-            words += " Saved as uint8, levels from 0 to 255 have a mass under the likelihood discretized-logistic."
-        return words + " Saved as whole numbers, counts have a mass under the likelihood negative-binomial."
-
-
-def find_repeats(x: Tensor) -> Repeats | None:
-    """Find where more than a quarter of the values repeat, in a fixed random subset of rows; None if nowhere.
+def describe_repeats(x: Tensor) -> str | None:
+    """Warn where more than a quarter of the values repeat, in a fixed random subset of rows; None if nowhere.
 
     The values of a table are compared column by column. Those of images (N, *E) are compared within each channel, then
     pixel by pixel, then image by image, since each of these may have a scale of its own; most groups must repeat.
     """
     rows = x[subset(len(x), max(8, min(_MOST_ROWS, _MOST_VALUES // x[0].numel())))]
-    if x.ndim == 2:
-        columns = _space_indices(rows.shape[1], _MOST_GROUPS)
-        counts = {column: _count_distinct(rows[:, column]) for column in columns.tolist()}
-        few = {column: count for column, count in counts.items() if count}
-        return Repeats(max(few.values()), tuple(few)) if few else None
     pixels = rows.flatten(1)
-    by_group = (
-        rows.transpose(0, 1).flatten(1),
-        pixels[:, _space_indices(pixels.shape[1], _MOST_GROUPS)].T,
-        pixels[_space_indices(len(pixels), _MOST_GROUPS)],
-    )
+    columns = _space_indices(pixels.shape[1], _MOST_GROUPS)
+    if x.ndim == 2:
+        counts = {column: count for column in columns.tolist() if (count := _count_distinct(rows[:, column]))}
+        where = f" in columns {abbreviate(map(str, counts))}"
+        return _warn_of_repeats(max(counts.values()), where) if counts else None
+    by_group = rows.transpose(0, 1).flatten(1), pixels[:, columns].T, pixels[_space_indices(len(pixels), _MOST_GROUPS)]
     for groups in by_group:
         varying = [group for group in groups if group.min() < group.max()]
         found = [count for group in varying if (count := _count_distinct(group))]
         if 2 * len(found) > len(varying):
-            return Repeats(max(found))
+            return _warn_of_repeats(max(found), "")
     return None
+
+
+def _warn_of_repeats(num_distinct: int, where: str) -> str:
+    words = (
+        f"Values repeat{where} (at most {num_distinct:,} are distinct), as levels and counts do on any scale: "
+        "a density of values on a grid has no upper bound, and its nats compare only with densities of the same values."
+    )
+    if num_distinct <= NUM_LEVELS:
+        words += " Saved as uint8, levels from 0 to 255 have a mass under the likelihood discretized-logistic."
+    return words + " Saved as whole numbers, counts have a mass under the likelihood negative-binomial."
 
 
 def describe_constant_columns(x: Tensor) -> str | None:

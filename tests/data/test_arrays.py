@@ -231,7 +231,7 @@ def test_usual_names_of_arrays_are_understood_for_training_and_for_further_image
     np.testing.assert_allclose(further.x[:, 0].numpy(), NUMBERS[40:] / 255, rtol=2e-7)
     assert further.labels is not None
     assert further.labels.tolist() == list(range(40, 60))
-    assert any("test" in note for note in further.notes)
+    assert any("ignored: " in note for note in further.notes)
 
 
 def test_training_images_alone_are_taken_as_further_images(tmp_path):

@@ -18,7 +18,7 @@ READERS = (
     *("npy", "npz", "large npy", "further images", "mask", *fuzzing.PICTURES),
     *("config", "a run by its config", "evaluation", "metrics", "mended metrics", "weights", "state", "per image"),
     *("partial evaluation", "results", "certificates"),
-    *("amat", "packed npz", "mat", "idx.xz"),
+    *("amat", "mat"),
 )
 FAULTY = {read.__name__ for read in fuzzing.FAULTY}
 

@@ -90,8 +90,8 @@ def _describe_pixels(run: Run, measure: str) -> list[str]:
             f"Pixels are {pixels} here: a density of values on a grid has no upper bound, and its nats compare only "
             f"with densities of the same pixels.{advice}"
         ]
-    repeats = data.find_repeats(splits.train)
-    return [repeats.describe()] if repeats else []
+    repeats = data.describe_repeats(splits.train)
+    return [repeats] if repeats else []
 
 
 def _describe_uneven_columns(options: Options, splits: data.Splits) -> list[str]:

@@ -35,8 +35,7 @@ from small_run import SMALL, bars, save_bars, train_small
 
 from ppl_vae import data, runs
 from ppl_vae.commands import latents as imputation
-from ppl_vae.data import binary_sets, storage
-from ppl_vae.data import folder as image_folder
+from ppl_vae.data import binary_sets, image_files, storage
 from ppl_vae.runs.certificates import read_certificates
 from ppl_vae.runs.checkpoints import BlockStore, find_newest_checkpoint
 from ppl_vae.runs.load import load, read_config
@@ -265,7 +264,7 @@ def of_data(folder: Path, images: np.ndarray) -> Iterator[Reader]:
 
 
 def read_picture(path: Path) -> object:
-    return image_folder.read_image_files(path.parent, [path.name], image_folder.ImageOptions())
+    return image_files.read_image_files(path.parent, [path.name], image_files.ImageOptions())
 
 
 def of_runs(run: Path) -> Iterator[Reader]:
@@ -411,7 +410,7 @@ def fuzz(reader: Reader, folder: Path, num_files: int) -> dict[str, Any]:
     place.mkdir(parents=True)
     path = place / f"file{reader.suffix}"
     faults, said = [], io.StringIO()
-    decode = image_folder.decode
+    decode = image_files.decode
 
     def watched(raw: bytes) -> Any:
         try:
@@ -421,7 +420,7 @@ def fuzz(reader: Reader, folder: Path, num_files: int) -> dict[str, Any]:
                 faults.append("memory beyond the limit, taken for an unreadable image")
             raise
 
-    with mock.patch.object(image_folder, "decode", watched):
+    with mock.patch.object(image_files, "decode", watched):
         for seed in reader.seeds:
             path.write_bytes(seed)
             if not reader.refuses_all:

@@ -95,7 +95,7 @@ def _read(path: Path, missing: str, to: Path | None) -> Splits:
         split=f"{words}; other arrays ignored: {', '.join(ignored)}" if ignored else words,
         labels=numbers,
         class_names=labels.class_names,
-        notes=(*_describe_shape(given["train"].shape), *labels.notes, *note),
+        notes=(*labels.notes, *note),
     )
 
 
@@ -118,7 +118,6 @@ def _iterate_blocks(array: np.ndarray) -> Iterator[np.ndarray]:
 # --- The meaning of axes ---
 
 _CHANNELS = (1, 3)
-_FEW_COLUMNS = 4  # a last axis that short is more likely the channels of one image
 
 
 def move_channels_first(path: Path, split: str, array: np.ndarray) -> np.ndarray:
@@ -144,22 +143,6 @@ def move_channels_first(path: Path, split: str, array: np.ndarray) -> np.ndarray
 def has_channels_first(shape: tuple[int, ...]) -> bool:
     """Whether a shape (N, *E) is read as (N, C, H, W); where C may also stand last, it is taken to be last."""
     return len(shape) == 4 and shape[1] in _CHANNELS and shape[3] not in _CHANNELS
-
-
-def _describe_shape(shape: tuple[int, ...]) -> tuple[str, ...]:
-    """Say how a shape was read that has a second reading, such as (64, 64, 3); empty where it is clear."""
-    N, *E = shape
-    if len(E) == 1:
-        is_doubtful, read = E[0] >= N, f"(N, D), a table of {N:,} rows and {E[0]:,} columns"
-    elif len(E) == 2:
-        is_doubtful = E[1] <= _FEW_COLUMNS or E[0] == N or N < E[1] != E[0]
-        read = f"(N, H, W), {N:,} gray images of {E[0]} x {E[1]}"
-    else:
-        is_doubtful = E[0] in _CHANNELS and E[2] in _CHANNELS
-        read = f"(N, H, W, C), images of {E[0]} x {E[1]} with {pluralize(E[2], 'channel')}"
-    return (
-        f"shape {shape} was read as {read}; if it is not, save the array with its axes in this order",
-    ) * is_doubtful
 
 
 # --- The kind of the numbers ---

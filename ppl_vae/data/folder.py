@@ -1,78 +1,54 @@
-"""Read folders of image files: bring them to one size and color, split them, and label them by subfolder."""
+"""Read a folder of images: find its files, read from its subfolders which splits and classes they name, and split it.
+
+Two layouts are understood, each also below one or more outer folders that hold everything:
+
+    train/cat/1.png     the split first, then the class
+    cat/1.png           classes without splits
+"""
 
 from __future__ import annotations
 
-import hashlib
 import os
-import tempfile
-import warnings
+import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from io import BytesIO
 from pathlib import Path
-from typing import NamedTuple
+from posixpath import commonpath
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
+from torch import Tensor
 
 from ppl_vae.data import storage
-from ppl_vae.data.folder_layout import (
-    check_layout,
-    describe_others,
-    find_images,
-    find_layout,
-    index_splits,
-    label_by_folder,
-)
-from ppl_vae.data.image_file import TRANSPARENT, UnreadableImageError, decode
+from ppl_vae.data.image_files import EXTENSIONS, ImageOptions, check_image_size, read_image_files
 from ppl_vae.data.splits import LEVELS, SPLIT_ORDER, Splits, abbreviate, complete_splits
-from ppl_vae.runtime.errors import Widths, check_widths, pluralize
-from ppl_vae.runtime.process import progress_bar
+from ppl_vae.runtime.errors import pluralize
 
 _BLOCK = 2**23  # bytes of a block of images
-
-
-class ImageOptions(NamedTuple):
-    """How image files are brought to one size and color.
-
-    Args:
-        size: (H, W); None: all images have one size already.
-        fit: "crop" resizes to cover H x W and cuts the middle; "stretch" ignores the aspect ratio.
-        color: "gray", "rgb", or None: gray where every image is.
-    """
-
-    size: tuple[int, int] | None = None
-    fit: str = "crop"
-    color: str | None = None
 
 
 def load_image_folder(path: Path, *, image_size: Sequence[int] | None, fit: str, color: str | None) -> Splits:
     """Load the images below a folder as 8-bit levels: (N, 1, H, W) gray or (N, 3, H, W) red, green, blue.
 
-    The formats of ``image_file.FORMATS`` are read. Hidden files, and files with the extension of none of these, are
-    skipped. Links to folders are followed, except those that lead back to a folder that contains them.
-    ``folder_layout`` says how folders name splits and classes. Images outside the folders of splits train where there
-    is no folder train; missing splits are a tenth each, by a fixed permutation of the sorted names. Two or more classes
-    label the images if every image lies in one; labels count the sorted names of them all.
-    Images are turned as their EXIF orientation says; transparent ones are laid over white; 16-bit gray becomes
-    round(level / 257); of several pages or frames the first is taken. The notes of the splits count these files.
+    The formats of ``image_files.FORMATS`` are read. Hidden files, and files with the extension of none of these, are
+    skipped. Links to folders are followed, except those that lead back to a folder that contains them. Images outside
+    the folders of splits train where there is no folder train; missing splits are a tenth each, by a fixed permutation
+    of the sorted names. Two or more classes label the images if every image lies in one; labels count the sorted names
+    of them all. Images are turned as their EXIF orientation says; transparent ones are laid over white; of several
+    pages or frames the first is taken. The notes of the splits count these files.
 
     The images are kept in the cache folder, and read again when the name, the size or a time of change of any file is
     another.
 
     ``image_size`` is (H, W), or one number for both; ``fit`` and ``color`` are as in ``ImageOptions``. Raises
     ValueError for a folder or file that cannot be opened, a folder that is named like a split without being one, no
-    images that can be read, several sizes, levels without a known scale, or images that are blank once transparent
-    pixels lie over white.
+    images that can be read, several sizes, or images that are blank once transparent pixels lie over white.
     """
     names, others = find_images(path)
     if not names:
         raise ValueError(f"{path}: expected images (such as PNG), got {describe_others(others)}; convert others to PNG")
-    check_layout(path, names, find_layout(names))
+    check_layout(path, names, count_outer_folders(names))
     options = ImageOptions(check_image_size(image_size), fit, color)
     status = [os.stat(path / name) for name in names]
     state = [(name, each.st_size, each.st_mtime_ns, each.st_ctime_ns) for name, each in zip(names, status, strict=True)]
@@ -83,9 +59,9 @@ def load_image_folder(path: Path, *, image_size: Sequence[int] | None, fit: str,
 def _read_folder(path: Path, names: Sequence[str], options: ImageOptions, to: Path | None) -> Splits:
     """Read and split images, and collect them in the file ``to``."""
     files = read_image_files(path, names, options, to.parent if to else None)
-    layout = find_layout(names)
-    index = index_splits(path, names, files.names, layout)
-    numbers, class_names = label_by_folder(files.names, layout)
+    num_outer = count_outer_folders(names)
+    index = index_splits(path, names, files.names, num_outer)
+    numbers, class_names = label_by_folder(files.names, num_outer)
     labels = {split: numbers[rows] for split, rows in index.items()} if class_names else {}
     rows, labels, words = complete_splits(str(path), index, labels)
     order = torch.cat([rows[split] for split in SPLIT_ORDER])
@@ -99,7 +75,7 @@ def _read_folder(path: Path, names: Sequence[str], options: ImageOptions, to: Pa
         validation,
         test,
         sha256=files.sha256,
-        split=layout.words if words == "as given" else words,
+        split="by their folders" if words == "as given" else words,
         labels=labels,
         names={split: tuple(files.names[row] for row in rows[split].tolist()) for split in SPLIT_ORDER},
         class_names=class_names,
@@ -108,161 +84,144 @@ def _read_folder(path: Path, names: Sequence[str], options: ImageOptions, to: Pa
     )
 
 
-def check_image_size(image_size: Widths | None) -> tuple[int, int] | None:
-    """Convert one number or two to (H, W); anything else raises ValueError."""
-    if image_size is None:
-        return None
-    size = check_widths("image_size", image_size)
-    if len(size) not in (1, 2):
-        raise ValueError(f"image_size: expected height and width, or one number for both, got {image_size!r}")
-    return size[0], size[-1]
+# --- Files ---
 
 
-# --- Reading files ---
+def find_images(root: Path) -> tuple[tuple[str, ...], Counter[str]]:
+    """Find image files by extension, recursively; links are followed, but not in circles.
 
-_GRAY_DIFFERENCE = 2  # levels between the channels of a gray image that a lossy WebP file stores in color
-_LEAST_HIGHEST = 2**14  # if all 16-bit levels are below it, they have 14 bits or fewer
-_MOST_THREADS, _ITEMS_PER_THREAD = 16, 8
+    Returns:
+        Their sorted names, and the number of other files by the ends of their names, which ``describe_others`` takes.
 
-# What is true of an image: sentences for the user, as in ``image_file``.
-_IN_COLOR = "{} are in color"  # not said
-_GRAY = "only gray pixels in {}, which are read as red, green and blue: --color gray reads one channel"
-_GRAYED = "{} are stored in color, and were made gray"
-
-
-class ImageFiles(NamedTuple):
-    """Image files that were read.
-
-    Args:
-        names: of the files that were read, in their order.
-        unreadable: names of the other files, with the reason where the user should know it, else "".
-        images: (N, C, H, W) uint8, C = 1 where all are gray.
-        sha256: of the names and bytes of the files that were read.
-        notes: sentences for the user: why files were left out, what the images do not show, and how they were changed.
+    Raises:
+        ValueError: A folder cannot be opened; a whole split or class could be missing.
     """
+    images: list[str] = []
+    others: Counter[str] = Counter()
 
-    names: tuple[str, ...]
-    unreadable: dict[str, str]
-    images: np.ndarray
-    sha256: str
-    notes: tuple[str, ...]
+    def refuse(error: OSError) -> None:
+        name = Path(error.filename).relative_to(root).as_posix()
+        which = "the folder" if name == "." else name
+        raise ValueError(f"{root}: {which} cannot be opened: {error.strerror}") from None
+
+    for folder, below, names in os.walk(root, onerror=refuse, followlinks=True):
+        below[:] = [name for name in below if not name.startswith(".") and not _leads_back(Path(folder, name))]
+        for path in (Path(folder, name) for name in names if not name.startswith(".")):
+            kind = path.suffix.lower()
+            if kind in EXTENSIONS and path.is_file():  # a link to nothing is none
+                images.append(path.relative_to(root).as_posix())
+            else:
+                others[kind] += 1
+    return tuple(sorted(images)), others
 
 
-def read_image_files(root: Path, names: Sequence[str], options: ImageOptions, folder: Path | None = None) -> ImageFiles:
-    """Read image files in threads, and keep their pixels in a nameless file of a folder (None: in memory).
+def describe_others(others: Counter[str]) -> str:
+    """Count the files that are no images, in all and of each kind: "3 other files (2 .csv, 1 without an extension)"."""
+    if not others:
+        return "an empty folder"
+    kinds = [f"{count:,} {kind or 'without an extension'}" for kind, count in others.most_common()]
+    return f"{pluralize(others.total(), 'other file')} ({abbreviate(kinds)})"
 
-    Raises ValueError where a file cannot be opened, none is an image, they have several sizes, their levels have no
-    known scale, or they show nothing once transparent pixels lie over white.
+
+def _leads_back(folder: Path) -> bool:
+    """Whether a link leads back to a folder that contains it, so that following it would never end."""
+    return os.path.realpath(folder) in map(os.path.realpath, Path(os.path.abspath(folder)).parents)
+
+
+# --- Layout ---
+
+_SPLIT_FOLDERS = {"train": "train", "test": "test"} | dict.fromkeys(("valid", "validation", "val"), "validation")
+
+# A word that names a split: "train", "testset", "trainval", "dev".
+_SPLIT_WORD = re.compile(
+    r"x?(train|training|tests?|testing|val|valid|validate|validation|eval|evaluation|dev|development|holdout)+"
+    r"(sets?|data|images)?"
+)
+
+
+def count_outer_folders(names: Iterable[str]) -> int:
+    """Count the outer folders that hold all images, above those of splits; 0 where no folder is a split."""
+    all_folders = {_folders(name) for name in names}
+    outer = [folder for folder in commonpath(["/".join(folders) for folders in all_folders]).split("/") if folder]
+    depth = next((i for i, folder in enumerate(outer) if _exact_split(folder)), len(outer))
+    has_splits = any(len(folders) > depth and _exact_split(folders[depth]) for folders in all_folders)
+    return depth if has_splits else 0
+
+
+def find_place(name: str, num_outer: int) -> tuple[str | None, str | None]:
+    """Find the split and the class of an image, each may be None, from its path below the data set's folder."""
+    folders = _folders(name)[num_outer:]
+    split = _exact_split(folders[0]) if folders else None
+    below = folders[split is not None :]
+    return split, below[0] if below else None
+
+
+def check_layout(root: Path, names: Iterable[str], num_outer: int) -> None:
+    """Raise ValueError for a folder that is named like a split but not read as one: its images would train unnoticed.
+
+    Two such folders are harmless: one within a folder of the same split, as archives unpack ("test/test"), and a class
+    "train" beside other classes.
     """
-    read: list[str] = []
-    unreadable: dict[str, str] = {}
-    counts: Counter[str] = Counter()
-    sizes: set[tuple[int, int]] = set()
-    levels: set[int] = set()  # the smallest and the largest of each image
-    highest, checksum = 0, hashlib.sha256()
-    bar = progress_bar(iterable=names, unit="image", desc=f"reading {root.name}", delay=1, leave=False)
-    with tempfile.TemporaryFile(dir=folder) if folder else BytesIO() as file, warnings.catch_warnings(), bar:
-        warnings.filterwarnings("ignore", module="PIL")  # of files that it repairs; sizes are checked here
-        for name, found in zip(bar, _map_in_threads(partial(_read_image, root, options), names), strict=True):
-            if isinstance(found, str):
-                unreadable[name] = found
-                continue
-            raw, pixels, notes, own_highest = found
-            read.append(name)
-            counts.update(notes)
-            sizes.add((pixels.shape[0], pixels.shape[1]))
-            levels |= {int(pixels.min()), int(pixels.max())}
-            highest = max(highest, own_highest)
-            checksum.update(f"{name}\0{len(raw)}\0".encode("utf-8", "surrogateescape"))
-            checksum.update(raw)
-            file.write(pixels.data)
-        if not read:
-            unread = f"{len(names):,} that cannot be read: {abbreviate(unreadable)}"
-            raise ValueError("; ".join([f"{root}: expected images, got {unread}", *list_reasons(unreadable)]))
-        file.flush()
-        stored = np.frombuffer(file.getvalue() if isinstance(file, BytesIO) else np.memmap(file, mode="r"), np.uint8)
-    if len(sizes) > 1:
-        some = abbreviate(f"{height}x{width}" for height, width in sorted(sizes))
+    places = {_folders(name): find_place(name, num_outer) for name in names}
+    num_classes = len({class_name for split, class_name in places.values() if split == "train"})
+    refused = set()
+    for folders, (split, _) in places.items():
+        for depth, folder in enumerate(folders):
+            is_split = split is not None and split == _exact_split(folder)
+            is_class = split is not None and depth == num_outer + 1 and folder.lower() == "train" and num_classes > 1
+            if _is_named_like_split(folder) and not is_split and not is_class:
+                refused.add("/".join(folders[: depth + 1]))
+    if refused:
         raise ValueError(
-            f"{root}: expected images of one size, got {len(sizes):,} sizes ({some}); "
-            "--image-size H W brings them to one"
+            f"{root}: expected every split to be a folder of the data set, named train; valid, validation or val; "
+            f"test, got {abbreviate(sorted(refused))}; rename them, or give the path of one of them alone"
         )
-    if 0 < highest < _LEAST_HIGHEST:
-        raise ValueError(
-            f"{root}: expected 16-bit levels where white is 65,535, got no level above {highest:,}; multiply them so "
-            "that it is, or save the images with 8 bits"
-        )
-    if counts[TRANSPARENT] and len(levels) == 1:
-        raise ValueError(
-            f"{root}: expected images that show something, got only level {levels.pop()}, since the transparent pixels "
-            "are laid over white; save the images over another color"
-        )
-    images = stored.reshape(len(read), *sizes.pop(), -1).transpose(0, 3, 1, 2)
-    is_in_color = counts.pop(_IN_COLOR, 0) > 0
-    if options.color is None and not is_in_color:
-        images = images[:, :1]
-    if not is_in_color or 2 * counts[_GRAY] < len(read):
-        counts.pop(_GRAY, None)
-    of_all = f" of {pluralize(len(read), 'image')}"
-    sentences = [words.replace("{}", f"{count:,}{of_all}", 1) for words, count in counts.items() if count]
-    return ImageFiles(tuple(read), unreadable, images, checksum.hexdigest(), (*list_reasons(unreadable), *sentences))
 
 
-def list_reasons(unreadable: Mapping[str, str]) -> list[str]:
-    """List why files were left out, one sentence for each reason."""
-    reasons = dict.fromkeys(reason for reason in unreadable.values() if reason)
-    names = {reason: [name for name, own in unreadable.items() if own == reason] for reason in reasons}
-    return [f"{abbreviate(names[reason])} not read: {reason}" for reason in reasons]
+def _folders(name: str) -> tuple[str, ...]:
+    return tuple(name.split("/")[:-1])
 
 
-Found = tuple[bytes, np.ndarray, list[str], int] | str
+def _exact_split(folder: str) -> str | None:
+    return _SPLIT_FOLDERS.get(folder.lower())
 
 
-def _map_in_threads(function: Callable[[str], Found], names: Sequence[str]) -> Iterator[Found]:
-    """Yield function(name) of each name, in order; few results wait for their turn."""
-    Image.init()  # once, before several threads do
-    num_threads = min(len(os.sched_getaffinity(0)), _MOST_THREADS)
-    size = _ITEMS_PER_THREAD * num_threads
-    with ThreadPoolExecutor(num_threads, "ppl_vae-data") as pool:
-        for start in range(0, len(names), size):
-            yield from pool.map(function, names[start : start + size])
+def _is_named_like_split(folder: str) -> bool:
+    """Whether one word of a folder's name names a split: "train2017", "testA", "seg_test", "held-out"."""
+    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", folder).lower()
+    words = re.findall(r"[^\W\d_]+", re.sub(r"held\W?out", "holdout", spaced))
+    return any(_SPLIT_WORD.fullmatch(word) for word in words)
 
 
-def _read_image(root: Path, options: ImageOptions, name: str) -> Found:
-    """Read a file to its bytes, pixels, notes and highest level, or to the reason why it is no image ("": damage).
+# --- Splits and classes ---
 
-    Pixels are (H, W) for the color "gray", else (H, W, 3). Raises ValueError where the file cannot be opened, and where
-    the memory ran out: the file is not the cause, since its size was checked.
+
+def index_splits(root: Path, names: Sequence[str], read: Sequence[str], num_outer: int) -> dict[str, Tensor]:
+    """Find {split: rows} of the images in ``read``, those among all ``names`` that could be read.
+
+    Images outside the folders of splits belong to train. Images outside where there is a folder train, and a split
+    without an image that can be read, raise ValueError.
     """
-    try:
-        raw = (root / name).read_bytes()
-    except OSError as error:
-        raise ValueError(f"{root / name} cannot be read: {error.strerror}") from None
-    try:
-        image, notes, highest = decode(raw)
-        size, is_in_color = (image.height, image.width), image.mode == "RGB"
-        if options.size is not None and size != options.size:
-            height, width = options.size
-            fit = Image.Image.resize if options.fit == "stretch" else ImageOps.fit
-            image = fit(image, (width, height), Image.Resampling.BILINEAR)
-            how = {"crop": "scaled to cover it and cut to the middle", "stretch": "stretched to it"}[options.fit]
-            notes.append(f"{{}} have a height or width other than {height}x{width}, and were {how}")
-        pixels = np.ascontiguousarray(image.convert("L" if options.color == "gray" else "RGB"))
-    except MemoryError as error:
-        raise ValueError(f"{root / name}: the memory ran out while it was decoded") from error
-    except UnreadableImageError as error:
-        return str(error)
-    except Exception:  # a broken file makes Pillow raise nearly every type
-        return ""
-    if options.color == "gray" and is_in_color:
-        notes.append(_GRAYED)
-    if options.color is None:
-        notes += [_IN_COLOR] * is_in_color + [_GRAY] * _is_gray(pixels)
-    return raw, pixels, notes, highest
+    splits = [find_place(name, num_outer)[0] for name in names]
+    named = {split for split in splits if split}
+    outside = [name for name, split in zip(names, splits, strict=True) if split is None]
+    if outside and "train" in named:
+        raise ValueError(
+            f"{root}: expected every image in train, valid or test, got {len(outside):,} outside: {abbreviate(outside)}"
+        )
+    of_image = [find_place(name, num_outer)[0] or "train" for name in read]
+    index = {split: [i for i, own in enumerate(of_image) if own == split] for split in sorted({"train"} | named)}
+    for split, rows in index.items():
+        if not rows:
+            raise ValueError(f"{root}: expected at least one image that can be read in {split}, got none")
+    return {split: torch.tensor(rows) for split, rows in index.items()}
 
 
-def _is_gray(pixels: np.ndarray) -> bool:
-    """Whether the channels of (H, W, 3) levels agree."""
-    red, green, blue = np.moveaxis(pixels, 2, 0)
-    most, least = np.maximum(np.maximum(red, green), blue), np.minimum(np.minimum(red, green), blue)
-    return bool((most - least).max() <= _GRAY_DIFFERENCE)
+def label_by_folder(names: Sequence[str], num_outer: int) -> tuple[Tensor, tuple[str, ...]]:
+    """Label images by folder: (N,) int64 and class names; no names unless all images lie in two or more classes."""
+    of_image = [find_place(name, num_outer)[1] for name in names]
+    classes = sorted({name for name in of_image if name is not None})
+    if None in of_image or len(classes) < 2:
+        return torch.zeros(len(names), dtype=torch.int64), ()
+    numbers = {name: number for number, name in enumerate(classes)}
+    return torch.tensor([numbers[name] for name in of_image if name is not None]), tuple(classes)

@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from ppl_vae.data import COLORS, DATASETS, FITS, MISSING, PROTOCOLS
 from ppl_vae.data.array_files import find_roles, is_array_file, read_arrays, read_labels
-from ppl_vae.data.arrays import load_arrays, summarize
-from ppl_vae.data.folder import ImageOptions, list_reasons, load_image_folder, read_image_files
-from ppl_vae.data.folder_layout import describe_others, find_images, find_layout, label_by_folder
+from ppl_vae.data.arrays import load_arrays, move_channels_first, summarize
+from ppl_vae.data.folder import count_outer_folders, describe_others, find_images, label_by_folder, load_image_folder
+from ppl_vae.data.image_files import ImageOptions, list_reasons, read_image_files
 from ppl_vae.data.splits import BINARY, COUNTS, LEVELS, PROBABILITIES, REAL, Splits, abbreviate, keep_missing
 from ppl_vae.data.transforms import is_drawn, sample_binomial
 
@@ -189,25 +189,17 @@ def _load_images_from_arrays(file: Path, splits: Splits) -> UserImages:
     if "images" not in arrays:
         words = ", ".join(("test", *_OTHER_IMAGES))
         raise ValueError(f"{file}: expected one array, or one named {words}, got {others or 'none'}")
-    images = _match_event_shape(file, arrays["images"], splits.event_shape)
+    array = arrays["images"]
+    images = array if array.shape[1:] == splits.event_shape else move_channels_first(file, "images", array)
+    if images.shape[1:] != splits.event_shape or not len(images):
+        raise ValueError(
+            f"{file}: expected images of event shape {splits.event_shape}, got an array of shape {array.shape}"
+        )
     given = {"images": arrays["images labels"]} if "images labels" in arrays else {}
     labels = read_labels(str(file), given, {"images": len(images)}, splits.class_names)
     ignored = (f"other arrays ignored: {', '.join(others)}",) if others else ()
     x = torch.from_numpy(_match_scale(file, images, splits.kind))
     return UserImages(x, labels.numbers.get("images"), tuple(map(str, range(len(x)))), ignored + labels.notes)
-
-
-def _match_event_shape(file: Path, array: np.ndarray, event_shape: tuple[int, ...]) -> np.ndarray:
-    """Reshape images to (N, *E), also from channels last or without a channel axis."""
-    if array.ndim > 0 and len(array) and len(event_shape) == 3:
-        channels, height, width = event_shape
-        if array.shape[1:] == (height, width, channels):
-            return array.transpose(0, 3, 1, 2)
-        if channels == 1 and array.shape[1:] == (height, width):
-            return array[:, None]
-    if array.ndim == 0 or array.shape[1:] != event_shape or not len(array):
-        raise ValueError(f"{file}: expected images of event shape {event_shape}, got an array of shape {array.shape}")
-    return array
 
 
 # What an array for a model of each kind of data may hold, and its kinds.
@@ -254,7 +246,7 @@ def _load_images_from_files(path: Path, splits: Splits, fit: str) -> UserImages:
     x = torch.from_numpy(files.images.astype(np.float32)) / 255
     if splits.kind == BINARY and not ((x == 0) | (x == 1)).all():
         raise ValueError(f"{path}: expected black and white alone (the model was trained on {splits.kind} data)")
-    numbers, classes = label_by_folder(files.names, find_layout(files.names))
+    numbers, classes = label_by_folder(files.names, count_outer_folders(files.names))
     are_known = bool(classes) and set(classes) <= set(splits.class_names)
     labels = torch.tensor([splits.class_names.index(name) for name in classes])[numbers] if are_known else None
     notes = [*files.notes, *([f"{describe_others(others)} ignored"] if others else [])]

@@ -22,8 +22,6 @@ UNIT_INTERVAL = "values between 0 and 1"  # not a kind of data, but a likelihood
 PUBLISHED_SEED = 777  # the binarization of Tomczak and Welling 2018; also the splits of a user's own data
 
 _MOST_NAMES = 5
-
-
 _MOST_SEARCHED = 2**30  # bytes of a split
 
 
@@ -107,14 +105,8 @@ class Splits:
         if self.kind not in (LEVELS, REAL, COUNTS):
             return ""
         train = fill_from_observed(self.train)
-        low, high = train.min(), train.max()
-        if self.kind == LEVELS:
-            dark = " (read as level / 255, so nearly black: floats in [0, 1] have a scale of their own)"
-            return f" from {int(low)} to {int(high)}" + dark * bool(high < 128)
-        whole = low >= 0 and high <= 255 and all(bool((x == x.round()).all()) for x in train.split(1000))
-        levels = " (whole numbers of 8 bits: as uint8 they would be 8-bit levels)"
         digits = ".4g" if self.kind == REAL else ".0f"
-        return f" from {low:{digits}} to {high:{digits}}" + levels * bool(whole)
+        return f" from {float(train.min()):{digits}} to {float(train.max()):{digits}}"
 
 
 def abbreviate(names: Iterable[str]) -> str:

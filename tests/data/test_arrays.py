@@ -137,39 +137,6 @@ def test_floats_that_are_whole_in_train_alone_are_real_values(tmp_path, split):
     assert load(tmp_path, **{"train": counts, split: counts + 0.5}).kind == data.REAL
 
 
-DOUBTFUL = {  # shape -> E as it is read, and what makes it the other reading
-    "one color image": ((64, 48, 3), (1, 48, 3), None, None),
-    "images along the last axis": ((28, 28, 50), (1, 28, 50), lambda a: np.moveaxis(a, -1, 0), (1, 28, 28)),
-    "images along the last axis, not square": ((12, 30, 50), (1, 30, 50), lambda a: np.moveaxis(a, -1, 0), (1, 12, 30)),
-    "one gray image": ((64, 64), (64,), None, None),
-    "one image with opacity": ((64, 48, 4), (1, 48, 4), None, None),
-    "rows along the last axis": ((12, 50), (50,), lambda a: a.T, (12,)),
-    "channels at both ends": ((50, 3, 8, 1), (1, 3, 8), lambda a: a.transpose(0, 2, 3, 1), None),
-}
-
-
-@pytest.mark.parametrize("what", DOUBTFUL)
-def test_a_shape_with_two_readings_is_read_with_a_line_on_both(tmp_path, size, what):
-    shape, event_shape, otherwise, other_event_shape = DOUBTFUL[what]
-    array = RNG.integers(0, 256, shape, np.uint8)
-    load(tmp_path, array)
-    read = data.load(str(tmp_path / "own.npy"))  # a large file comes from the cache
-    assert read.event_shape == event_shape
-    (note,) = read.notes
-    assert str(shape) in note
-    assert note in read.describe().splitlines()[1]
-    if other_event_shape is not None:
-        other = load(tmp_path, otherwise(array))
-        assert (other.event_shape, other.notes) == (other_event_shape, ())
-
-
-@pytest.mark.parametrize(
-    "shape", [(50, 28, 28), (20, 28, 28), (50, 12), (50, 8, 9, 3), (50, 3, 8, 9), (50, 1, 8, 9), (50, 8, 9, 1)]
-)
-def test_a_shape_with_one_reading_needs_no_line(tmp_path, shape):
-    assert load(tmp_path, RNG.integers(0, 256, shape, np.uint8)).notes == ()
-
-
 GRAY = RNG.integers(0, 256, (20, 4, 5)).astype(np.uint8)
 BITS = RNG.integers(0, 2, (20, 4, 5)).astype(np.uint8)
 FLOATS = RNG.random((20, 4, 5))

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from ppl_vae import data
-from ppl_vae.data import folder
+from ppl_vae.data import image_files
 
 SHAPE = (5, 6)
 
@@ -48,8 +48,8 @@ def own(tmp_path: Path) -> Path:
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     """What was decoded, file by file."""
     seen: list[bytes] = []
-    decode = folder.decode
-    monkeypatch.setattr(folder, "decode", lambda raw: seen.append(raw) or decode(raw))
+    decode = image_files.decode
+    monkeypatch.setattr(image_files, "decode", lambda raw: seen.append(raw) or decode(raw))
     return seen
 
 
@@ -183,13 +183,13 @@ def test_a_disk_that_is_full_stops_nothing_and_leaves_nothing(own, kept, most):
 KILLED = """
 import os, signal, sys
 from ppl_vae import data
-from ppl_vae.data import folder, storage
+from ppl_vae.data import image_files, storage
 def kill(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 where = sys.argv[2]
 if where == "reading":
-    decode, seen = folder.decode, []
-    folder.decode = lambda raw: kill() if len(seen) > 20 else seen.append(0) or decode(raw)
+    decode, seen = image_files.decode, []
+    image_files.decode = lambda raw: kill() if len(seen) > 20 else seen.append(0) or decode(raw)
 elif where == "writing":
     storage._write_rest = kill
 else:

@@ -137,10 +137,8 @@ def test_a_class_whose_name_begins_as_a_splits_is_a_class(tmp_path, word):
     assert data.load(str(tmp_path)).class_names == ("ant", word)
 
 
-@pytest.mark.parametrize(
-    "form", ["{}/{}", "data/{}/{}", "archive/data/{}/{}/deeper", "Images 2017/{}/{}", "data/{1}/{0}"]
-)
-def test_splits_and_classes_are_found_in_either_order_and_within_outer_folders(tmp_path, form):
+@pytest.mark.parametrize("form", ["{}/{}", "data/{}/{}", "archive/data/{}/{}/deeper", "Images 2017/{}/{}"])
+def test_splits_and_classes_are_found_within_outer_folders(tmp_path, form):
     for start, split in ((0, "train"), (20, "valid"), (30, "test")):
         fill(tmp_path / form.format(split, "ant"), range(start, start + 2))
         fill(tmp_path / form.format(split, "cat"), range(start + 100, start + 102))
@@ -157,6 +155,10 @@ def test_splits_and_classes_are_found_in_either_order_and_within_outer_folders(t
 REFUSED_LAYOUTS = {
     "a split beside a stray image": (["data/train", "data/test", "."], "data/test, data/train"),
     "a class without splits": (["cat/train", "cat/test", "dog"], "cat/test, cat/train"),
+    "splits in each class": (
+        ["cat/train", "cat/test", "dog/train", "dog/test"],
+        "cat/test, cat/train, dog/test, dog/t",
+    ),
     "classes in groups": (["pets/cat/train", "pets/cat/test", "cars/red/train"], "cars/red/train, pets/cat/test"),
     "a test folder among the training images": (["train/cat/test", "train/dog"], "train/cat/test"),
     "a test folder within a class's training images": (["cat/train/test", "cat/train/more"], "cat/train/test"),
@@ -283,8 +285,6 @@ def test_images_of_several_sizes_are_brought_to_one(tmp_path):
 GRAY_IMAGES = {
     "8 bits": (Image.new("L", (6, 5), 77), 77),
     "1 bit, white": (Image.new("1", (6, 5), 1), 255),
-    "16 bits": (Image.fromarray(np.full(SIZE, 257 * 77, np.uint16)), 77),
-    "16 bits, white": (Image.fromarray(np.full(SIZE, 65_535, np.uint16)), 255),
     "opaque": (Image.new("LA", (6, 5), (77, 255)), 77),
 }
 COLOR_IMAGES = {

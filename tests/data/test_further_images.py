@@ -102,7 +102,6 @@ WRONG_SHAPES = {
     "another size": (GREY[:, :3], r"got an array of shape \(6, 3, 5\)"),
     "colors": (COLOR, r"got an array of shape \(6, 3, 4, 5\)"),
     "a table": (GREY.reshape(6, 20), r"got an array of shape \(6, 20\)"),
-    "no image": (GREY[:0], r"got an array of shape \(0, 4, 5\)"),
 }
 
 

@@ -169,8 +169,7 @@ class VAEDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
             raise ValueError(f"validation_fraction: expected 0 or more and below 1, got {self.validation_fraction}")
         rows = self._validated(X, reset=True)
         images = self._images(rows)
-        # Columns are standardized in double precision, before single precision has to tell their values apart.
-        self.kind_ = find_kind(_X, {"X": images}, check_resolution=images.ndim > 2)
+        self.kind_ = find_kind(_X, {"X": images})
         self.row_shape_, self.event_shape_ = rows.shape[1:], images.shape[1:]
         self.seed_ = int(check_random_state(self.random_state).randint(2**31 - 1))
         options = self._options(len(images))

@@ -238,7 +238,7 @@ def test_a_clone_has_the_parameters_as_they_were_given() -> None:
     [
         (np.random.RandomState(0).randn(30, 3), {"likelihood": "bernoulli"}, "expected"),
         (np.random.RandomState(0).rand(30, 3) * 9, {"likelihood": "beta"}, "expected"),
-        (np.random.RandomState(0).randn(30, 3, 2) * 1e-4 + 1e6, {}, "single precision"),
+        (np.random.RandomState(0).randn(30, 3, 2) * 1e-4 + 1e6, {}, "training images that differ"),
         (np.full((30, 3), 0.5), {}, "differ"),
         (np.random.RandomState(0).randn(30, 3), {"image_shape": (2, 2)}, "image_shape"),
         (np.random.RandomState(0).randn(30, 3), {"posterior": "delta", "prior": "standard-normal"}, "no log p"),

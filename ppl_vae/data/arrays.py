@@ -23,14 +23,10 @@ from ppl_vae.data.splits import (
     Splits,
     abbreviate,
     complete_splits,
-    subset,
 )
-from ppl_vae.runtime.errors import pluralize
 
 LARGEST_COUNT = 2**24  # single precision holds every whole number up to this one
 BLOCK = 2**23  # bytes that are read at once
-_MOST_ROUNDING = 0.01  # of the spread of real values
-_CONSTANT = 64 * np.finfo(np.float64).eps  # of the mean: what a constant that was computed may vary by
 _LARGEST_FLOAT = np.finfo(np.float32).max
 
 
@@ -192,9 +188,7 @@ def summarize(array: np.ndarray, *, skip_missing: bool = False) -> ArraySummary:
     return ArraySummary(array.dtype, is_binary, is_whole, np.min(lows), np.max(highs))
 
 
-def find_kind(
-    path: Path, splits: Mapping[str, np.ndarray], *, check_resolution: bool = True, skip_missing: bool = False
-) -> str:
+def find_kind(path: Path, splits: Mapping[str, np.ndarray], *, skip_missing: bool = False) -> str:
     """Find the kind of the numbers of the first split, a word of ``data.splits``, and refuse others of another kind.
 
     Floats are counts only where they are whole numbers in every split. Numbers of no kind raise ValueError.
@@ -202,7 +196,6 @@ def find_kind(
     Args:
         path: what errors call the file.
         splits: (N, *E) each, one row or more.
-        check_resolution: whether real values that single precision cannot tell apart are refused.
         skip_missing: whether a NaN is a missing value, and no error.
     """
     summaries = {split: summarize(array, skip_missing=skip_missing) for split, array in splits.items()}
@@ -224,8 +217,6 @@ def find_kind(
         if not summary.has_kind(kind):
             got = f"other values (dtype {summary.dtype})"
             raise ValueError(f"{path}: expected {kind} in {split} as in train, got {got}")
-        if kind == REAL and check_resolution and summary.dtype.itemsize > 4:
-            _check_resolution(path, split, splits[split])
     return kind
 
 
@@ -238,27 +229,4 @@ def _refuse_not_finite(path: Path, split: str, array: np.ndarray) -> None:
         f"{path}: expected finite values, got NaN or infinity in {split}: {int(counts.sum()):,} of the values"
         + where * bool(columns)
         + "; --missing train takes NaN as missing values"
-    )
-
-
-def _check_resolution(path: Path, split: str, array: np.ndarray) -> None:
-    """Refuse values that float32 rounds to a coarse grid, such as timestamps: a density would fit the grid.
-
-    Columns of a table, or all pixels of images together, are examined in a fixed random subset of rows. A column whose
-    spread is the rounding of float64 itself is a constant, and passes.
-    """
-    rows = np.ma.masked_invalid(array[subset(len(array), 8 * _count_rows(array)).numpy()])
-    axis = 0 if array.ndim == 2 else None
-    mean, spread = np.ma.atleast_1d(rows.mean(axis)), np.ma.atleast_1d(rows.std(axis))
-    rounding = np.abs(rows.astype(np.float32).astype(np.float64) - rows).max(axis)
-    is_coarse = (rounding > _MOST_ROUNDING * spread) & (spread > _CONSTANT * np.abs(mean))
-    columns = np.flatnonzero(np.ma.filled(is_coarse, False)).tolist()
-    if not columns:
-        return
-    where = f"in column {columns[0]} of {split}" if array.ndim == 2 else f"in {split}"
-    more = f", and likewise in {pluralize(len(columns) - 1, 'more column')}" * (len(columns) > 1)
-    raise ValueError(
-        f"{path}: expected values that single precision can tell apart, got {array.dtype} around "
-        f"{float(mean[columns[0]]):.7g} with a spread of {float(spread[columns[0]]):.2g} {where}{more}; center them "
-        "first, in float64: x - x.mean(0), with the means of train for every split"
     )

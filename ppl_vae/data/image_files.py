@@ -85,7 +85,7 @@ def decode(raw: bytes) -> tuple[Image.Image, list[str]]:
 _GRAY_DIFFERENCE = 2  # levels between the channels of a gray image that a lossy WebP file stores in color
 _MOST_THREADS, _ITEMS_PER_THREAD = 16, 8
 
-# What is true of an image: sentences for the user, as in ``image_file``.
+# What is true of an image: sentences for the user, as above.
 _IN_COLOR = "{} are in color"  # not said
 _GRAY = "only gray pixels in {}, which are read as red, green and blue: --color gray reads one channel"
 _GRAYED = "{} are stored in color, and were made gray"

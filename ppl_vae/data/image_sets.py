@@ -38,7 +38,10 @@ _IDX_SHA256 = {
 
 
 def read_mnist(data_dir: Path, *, download: bool = True) -> Splits:
-    """MNIST (LeCun and Cortes), from the package itself: 50,000 / 10,000 / 10,000 images (1, 28, 28)."""
+    """MNIST (LeCun and Cortes), from the package itself: 50,000 / 10,000 / 10,000 images (1, 28, 28).
+
+    Raises ValueError where its files are missing or damaged.
+    """
     contents = []
     for name, sha256 in _IDX_SHA256.items():
         resource = files("ppl_vae") / "mnist" / f"{name}.xz"

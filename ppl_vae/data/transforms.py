@@ -269,8 +269,8 @@ def describe_constant_columns(x: Tensor) -> str | None:
         return None
     return (
         f"Warning: {pluralize(len(columns), 'column')} of the training data (counted from 0: "
-        f"{abbreviate(map(str, columns))}) hold one value: "
-        "a density of it has no upper bound, and its nats say nothing of the other columns. Leave them out."
+        f"{abbreviate(map(str, columns))}) hold one value in single precision: a density of it has no upper bound, and "
+        "its nats say nothing of the other columns. Leave them out, or center values far from 0 in double precision."
     )
 
 

@@ -14,6 +14,7 @@ import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import copy_context
+from functools import partial
 from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from importlib.util import module_from_spec, spec_from_file_location
@@ -64,6 +65,7 @@ def compile_graph(
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx_inner
     from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.ir import ConcatKernel
     from torch._subclasses import FakeTensorMode
     from torch.func import functionalize
     from torch.fx.experimental.proxy_tensor import make_fx
@@ -88,10 +90,31 @@ def compile_graph(
             with mode:
                 _complete_values(module.graph)
             stand_ins = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
-            with tracing(TracingContext(mode)):
+            in_place = patch.object(ConcatKernel, "realize_into", partial(_write_in_place, ConcatKernel.realize_into))
+            with tracing(TracingContext(mode)), in_place:
                 return compile_fx_inner(module, stand_ins)
         except Exception as error:
             raise CannotCapture(f"the compiler failed: {first_line(error)}") from error
+
+
+def _write_in_place(realize: Callable[[Any, Any], Any], source: Any, target: Any) -> Any:
+    """Let a matrix product write itself into its part of a concatenation, flattened or not.
+
+    ``realize``, torch's own function, copies what is flattened: each gradient of weights into the vector of them all.
+    """
+    from torch._inductor import ir
+
+    view: Any = source.data if isinstance(source, ir.TensorBox) else source
+    buffer: Any = getattr(view.data, "data", None) if isinstance(view, ir.ReinterpretView) else None
+    old: Any = getattr(buffer, "layout", None)
+    if isinstance(buffer, ir.ExternKernelOut) and type(old) in (ir.FixedLayout, ir.FlexibleLayout):
+        storage, part = ir.as_storage_and_layout(target)
+        is_whole = buffer.get_numel() == view.get_numel() and old.offset == view.layout.offset == 0
+        if is_whole and all(layout.is_contiguous() for layout in (old, view.layout, part)):
+            layout = ir.FixedLayout(old.device, old.dtype, old.size, old.stride, part.offset)
+            buffer.layout = ir.NonOwningLayout(ir.ReinterpretView(data=storage, layout=layout))
+            return buffer
+    return realize(source, target)
 
 
 def _complete_values(graph: fx.Graph) -> None:

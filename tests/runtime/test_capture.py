@@ -316,3 +316,19 @@ def test_kernels_share_files_that_a_later_call_finds_again(tmp_path, monkeypatch
         found.append({path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.so")})
     assert len(found[0]) == 2
     assert found[0] == found[1]
+
+
+@pytest.mark.thorough
+def test_products_are_the_same_wherever_they_are_written(tmp_path, monkeypatch):
+    """Flattened into one vector or two, transposed before, in part, and used elsewhere too."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    a, b = torch.randn(6, 4), torch.randn(4, 8)
+
+    def function(a, b):
+        products = [(k * a) @ b for k in (1, 2, 3, 4, 5)]
+        parts = [products[0], products[1].T, products[2][1:], products[3], products[4]]
+        flat = torch.cat([part.reshape(-1) for part in parts])
+        return [flat, torch.cat([flat[:8], products[3].reshape(-1)]), products[4].exp(), torch.cat(products[:2])]
+
+    run = capture.compile_function(function, [a, b])
+    assert_close(run([a, b]), tuple(function(a, b)))

@@ -115,7 +115,7 @@ def test_pictures_are_brought_to_a_runs_shape_by_its_own_fit_as_they_are_when_en
     note, own = summary["notes"]
     assert "40 of 40 images are also in the run's data" in own  # bars repeat
     assert "40 of 40 images" in note
-    assert "stretched to 8x8" in note
+    assert "8x8, and were stretched" in note
     assert note in said
     assert note in told
     assert json.loads((written / "encoded.json").read_text())["notes"] == [note, own]

@@ -114,19 +114,6 @@ def test_a_split_without_a_readable_image_is_refused(tmp_path):
         data.load(str(tmp_path))
 
 
-NEARLY_SPLITS = ["training", "Testing", "tests", "validate", "eval", "dev", "test_set", "train-images", "val images"]
-
-
-@pytest.mark.parametrize("word", NEARLY_SPLITS)
-@pytest.mark.parametrize("beside", ["train", "ant", "."])
-def test_a_folder_whose_name_is_nearly_a_splits_is_refused_beside_others(tmp_path, word, beside):
-    fill(tmp_path / beside, range(20))
-    fill(tmp_path / word, range(20))
-    known = "train; valid, validation or val; test"
-    with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path))}: .*named {known}, got {word};"):
-        data.load(str(tmp_path))
-
-
 CLASSES = ["trains", "devices", "testudo", "valley"]
 
 
@@ -154,28 +141,18 @@ def test_splits_and_classes_are_found_within_outer_folders(tmp_path, form):
 
 REFUSED_LAYOUTS = {
     "a split beside a stray image": (["data/train", "data/test", "."], "data/test, data/train"),
-    "a class without splits": (["cat/train", "cat/test", "dog"], "cat/test, cat/train"),
-    "splits in each class": (
-        ["cat/train", "cat/test", "dog/train", "dog/test"],
-        "cat/test, cat/train, dog/test, dog/t",
-    ),
-    "classes in groups": (["pets/cat/train", "pets/cat/test", "cars/red/train"], "cars/red/train, pets/cat/test"),
+    "splits in each class": (["cat/train", "cat/test", "dog/train"], "cat/test, cat/train, dog/train"),
     "a test folder among the training images": (["train/cat/test", "train/dog"], "train/cat/test"),
-    "a test folder within a class's training images": (["cat/train/test", "cat/train/more"], "cat/train/test"),
-    "years": (["train2017", "val2017"], "train2017, val2017"),
     "years, one level down": (["images/train2017", "images/val2017"], "images/train2017, images/val2017"),
     "sizes": (["train_64x64", "valid_64x64"], "train_64x64, valid_64x64"),
     "numbers": (["train/a", "test/test1"], "test/test1"),
-    "a number": (["cat", "test1"], "test1"),
     "letters": (["trainA", "trainB", "testA"], "testA, trainA, trainB"),
-    "several words": (["DIV2K_train_HR", "DIV2K_valid_HR"], "DIV2K_train_HR, DIV2K_valid_HR"),
+    "several words": (["DIV2K_train_HR", "val images"], "DIV2K_train_HR, val images"),
     "doubled archives": (["seg_train/seg_train/sea", "seg_test/seg_test/sea"], "seg_test, seg_test/seg_test"),
-    "names that nearly say it, within classes": (["cat/training", "cat/testing"], "cat/testing, cat/training"),
-    "written together": (["testset", "trainset"], "testset, trainset"),
-    "two words": (["train", "held-out"], "held-out"),
+    "other words": (["ant", "Testing", "eval", "dev"], "Testing, dev, eval"),
+    "written together": (["testset", "xtrain"], "testset, xtrain"),
+    "held out": (["train", "held-out"], "held-out"),
     "one folder": (["training"], "training"),
-    "Keras arrays as folders": (["xtest", "xtrain"], "xtest, xtrain"),
-    "held out": (["cats", "held-out"], "held-out"),
 }
 
 

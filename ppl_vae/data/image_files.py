@@ -39,6 +39,7 @@ MOST_PIXELS = 89_478_485  # Pillow's own limit, 256 MiB of red, green and blue; 
 # What an image does not show of its file: sentences for the user, with a place for the number of images.
 PAGES = "several pages or frames in {}: only the first is kept"
 TRANSPARENT = "transparency in {}: it is laid over white"
+DEEP = "gray levels of 16 bits in {}: they are divided by 257 and rounded, so that 65,535 is white"
 
 _GRAY_MODES = ("1", "L", "LA", "La")
 
@@ -67,10 +68,14 @@ def decode(raw: bytes) -> tuple[Image.Image, list[str]]:
     with opened:
         if opened.width * opened.height > MOST_PIXELS:
             raise UnreadableImageError(too_large)
-        if opened.mode.startswith(("I", "F")):
-            raise UnreadableImageError("gray levels of more than 8 bits have no known scale; save 8 bits")
+        is_deep = opened.mode.startswith("I;16") or (opened.mode == "I" and opened.format in ("PNG", "PPM"))
+        if opened.mode.startswith(("I", "F")) and not is_deep:
+            raise UnreadableImageError("gray levels of 32 bits have no known scale; save 8 or 16 bits")
         image: Image.Image = ImageOps.exif_transpose(opened)
         notes = [PAGES] if getattr(opened, "n_frames", 1) > 1 else []
+        if is_deep:
+            image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
+            notes.append(DEEP)
         is_gray = image.mode in _GRAY_MODES
         if image.has_transparency_data:
             image = image.convert("RGBA")

@@ -68,10 +68,18 @@ LONG_LEVELS = {
 }
 
 
-@pytest.mark.parametrize("what", LONG_LEVELS)
-def test_gray_levels_of_more_than_8_bits_are_refused(tmp_path, what):
+@pytest.mark.parametrize("what", ["PNG", "TIFF", "PGM"])
+def test_gray_levels_of_16_bits_become_8(tmp_path, what):
     suffix, content = LONG_LEVELS[what]
-    with pytest.raises(ValueError, match="more than 8 bits have no known scale; save 8 bits"):
+    read = data.load(folder_of(tmp_path, [content] * 10, suffix))
+    assert read.train[0, 0].tolist() == np.rint(FULL / 257).tolist()
+    assert "10 of 10 images" in note_on("16 bits", read)
+
+
+@pytest.mark.parametrize("what", ["32 bits", "floats"])
+def test_gray_levels_of_32_bits_are_refused(tmp_path, what):
+    suffix, content = LONG_LEVELS[what]
+    with pytest.raises(ValueError, match="32 bits have no known scale; save 8 or 16 bits"):
         data.load(folder_of(tmp_path, [content] * 10, suffix))
 
 

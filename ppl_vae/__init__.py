@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ppl_vae.evidence.dequantization import dequantized
     from ppl_vae.evidence.estimate import Estimate
     from ppl_vae.evidence.importance import importance, log_evidence
-    from ppl_vae.latent_model import as_latent_model
+    from ppl_vae.latent_model import vectorize_latents
     from ppl_vae.pyro_program import PyroProgram
     from ppl_vae.runs.load import load, save
     from ppl_vae.runtime.records import Records
@@ -29,7 +29,7 @@ _NAMES = {
     "evidence.dequantization": "dequantized",
     "evidence.estimate": "Estimate",
     "evidence.importance": "importance log_evidence",
-    "latent_model": "as_latent_model",
+    "latent_model": "vectorize_latents",
     "pyro_program": "PyroProgram",
     "runs.load": "load save",
     "runtime.records": "Records",
@@ -47,7 +47,6 @@ __all__ = [
     "Estimate",
     "PyroProgram",
     "Records",
-    "as_latent_model",
     "data",
     "dequantized",
     "fit",
@@ -63,6 +62,7 @@ __all__ = [
     "priors",
     "runs",
     "save",
+    "vectorize_latents",
 ]
 
 

@@ -1,6 +1,6 @@
 """Any program as a ``LatentModel``: all continuous latents of an image as one vector, and discrete ones summed.
 
-    mine = as_latent_model(program, x)   # ais, proposals, gaps, calibration and diagnostics take it
+    mine = vectorize_latents(program, x)   # ais, proposals, gaps, calibration and diagnostics take it
     q = refine_proposal(mine, x, family=FullNormal(4))
 
 The vector z is in R^L. A site with another support, such as a scale above 0, enters by the bijection from R that
@@ -45,7 +45,7 @@ from ppl_vae.weights import (
 Lead = tuple[int, ...]  # the dimensions of latent vectors before the last
 
 
-def as_latent_model(program: Program, data: Data) -> LatentModel:
+def vectorize_latents(program: Program, data: Data) -> LatentModel:
     """A program with the parts ``prior``, ``likelihood`` and ``posterior`` over one vector of its continuous latents.
 
     A program that is made of these parts alone, such as a ``VAE``, is returned itself.
@@ -83,7 +83,7 @@ def _is_made_of_its_parts(program: LatentModel, data: Data) -> bool:
 
 
 class ProgramLatents(nn.Module):
-    """The ``LatentModel`` of a program; see ``as_latent_model``, which makes it.
+    """The ``LatentModel`` of a program; see ``vectorize_latents``, which makes it.
 
     Its parts take what the program takes beside the images: ``prior(*further)``, ``likelihood(z, *further)`` and
     ``posterior(x, *further)``. Each runs the program.

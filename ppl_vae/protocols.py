@@ -79,7 +79,7 @@ def check_latent_model(vae: object, *, further: Sequence[Tensor] = (), images_al
     if not is_latent_model(vae):
         raise ValueError(
             f"vae: expected a VAE, or a module with prior(), likelihood(z) and posterior(x), got {type(vae).__name__}; "
-            "as_latent_model(vae, x) of ppl_vae.latent_model makes one of a program with a model and a guide"
+            "vectorize_latents(vae, x) of ppl_vae.latent_model makes one of a program with a model and a guide"
         )
     if images_alone and hasattr(vae, "fix_label"):
         raise ValueError(

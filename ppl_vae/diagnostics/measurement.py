@@ -40,7 +40,7 @@ from ppl_vae.runtime.global_state import evaluation_mode, seeded
 from ppl_vae.runtime.records import Data, arguments_of, further_of, images_of
 from ppl_vae.weights import is_deterministic
 
-AnyData = TypeVar("AnyData", bound=Data)
+SomeData = TypeVar("SomeData", bound=Data)
 
 FEWEST_IMAGES = 4  # of a diagnosis
 
@@ -207,9 +207,9 @@ def measure(
     )
 
 
-def _take_evenly(x: AnyData, most: int) -> AnyData:
+def _take_evenly(x: SomeData, most: int) -> SomeData:
     """At most that many of the images, at equal steps."""
-    return cast(AnyData, x[:: math.ceil(len(x) / most)])
+    return cast(SomeData, x[:: math.ceil(len(x) / most)])
 
 
 def _measure_aggregate(

@@ -146,9 +146,10 @@ def busy_compiler(device: torch.device) -> Iterator[None]:
     from torch._inductor.codegen.wrapper import PythonWrapperCodegen
     from torch._inductor.cpu_vec_isa import VecISA
 
-    compiler, define, load = AsyncCompile(), PythonWrapperCodegen.define_kernel, CppPythonBindingsCodeCache.load_async
+    compiler, load = AsyncCompile(), CppPythonBindingsCodeCache.load_async
+    define: Callable[..., object] = PythonWrapperCodegen.define_kernel
 
-    def define_and_start(self: Any, name: str, body: str, *rest: Any, **named: Any) -> Any:
+    def define_and_start(self: object, name: str, body: str, *rest: object, **named: object) -> object:
         if body.startswith("async_compile.cpp_pybinding("):  # its arguments are types and the text of the kernel
             call = cast(ast.Call, ast.parse(body.strip(), mode="eval").body)
             compiler.cpp_pybinding(*map(ast.literal_eval, call.args))  # by which the finished module finds the kernel
@@ -199,7 +200,7 @@ class _KernelFiles:
         self._codes: list[str] = []  # of the file that is not complete
         self._modules: list[Callable[[], Any]] = []  # of complete files
 
-    def load(self, code: str, *rest: Any, **named: Any) -> Callable[[], Any]:
+    def load(self, code: str, *rest: object, **named: object) -> Callable[[], Any]:
         """As ``load`` for the code of one kernel."""
         if code not in self._loaders:
             file, place = len(self._modules), len(self._codes)
@@ -216,7 +217,7 @@ class _KernelFiles:
                 self._finish(*rest, **named)
         return self._loaders[code]
 
-    def _finish(self, *rest: Any, **named: Any) -> None:
+    def _finish(self, *rest: object, **named: object) -> None:
         codes, self._codes = self._codes, []
         includes = dict.fromkeys(line.strip() for code in codes for line in code.splitlines() if "#include" in line)
         parts = [*includes]

@@ -24,7 +24,7 @@ from ppl_vae.evidence.proposals import PerImageGuide, Proposal, replace_guide
 from ppl_vae.evidence.refinement import measure_gaps, refine_proposal
 from ppl_vae.evidence.typicality import mix_prior_into_guide
 from ppl_vae.labels import SemiSupervisedVAE
-from ppl_vae.latent_model import as_latent_model
+from ppl_vae.latent_model import vectorize_latents
 from ppl_vae.parts.posteriors import DiagonalNormal, FullNormal
 
 
@@ -64,7 +64,7 @@ PROGRAMS = [TwoSites, ExactSum, ExactExpectation, Waiting]
 @pytest.mark.parametrize("make", PROGRAMS)
 def test_with_an_exact_guide_the_parts_give_the_evidence_at_every_z(make):
     program, x = program_and_images(make)
-    model = as_latent_model(program, x)
+    model = vectorize_latents(program, x)
     z = model.posterior(x).sample((5,))
     log_w = model.prior().log_prob(z) + model.likelihood(z).log_prob(x) - model.posterior(x).log_prob(z)
     assert_close(log_w, program.log_evidence(x).expand(5, 6), rtol=0, atol=1e-9)
@@ -72,7 +72,7 @@ def test_with_an_exact_guide_the_parts_give_the_evidence_at_every_z(make):
 
 def test_the_density_of_a_site_above_zero_has_its_jacobian():
     program = Waiting()
-    model = as_latent_model(program, program.draw(2))
+    model = vectorize_latents(program, program.draw(2))
     u = torch.linspace(-30, 8, 20_001, dtype=torch.double)[:, None]  # log r
     total = torch.trapezoid(model.prior().log_prob(u).exp(), u[:, 0])
     assert_close(total, torch.ones(()).double(), rtol=0, atol=1e-6)
@@ -103,7 +103,7 @@ class Switch(nn.Module):
 
 def test_the_mean_and_the_draws_of_images_weigh_a_discrete_site_by_what_z_says():
     program = Switch()
-    model, z = as_latent_model(program, torch.zeros(2, 2).double()), torch.tensor([[-1.0], [1.2], [3.0]]).double()
+    model, z = vectorize_latents(program, torch.zeros(2, 2).double()), torch.tensor([[-1.0], [1.2], [3.0]]).double()
     assert_close(decode_mean(model, z), program.mean(z), rtol=0, atol=1e-12)
     pyro.set_rng_seed(0)
     draws = model.likelihood(z.expand(20_000, 3, 1)).sample()
@@ -137,7 +137,7 @@ def test_a_mixture_may_be_the_prior():
     program = OneSite(dist.MixtureSameFamily(dist.Categorical(probs), dist.Normal(means, 1.0)), dist.Normal(zero, 2.0))
     z = torch.linspace(-3, 3, 7)[:, None].double()
     expected = (probs.log() + dist.Normal(means, 1.0).log_prob(z)).logsumexp(-1)
-    assert_close(as_latent_model(program, images(2)).prior().log_prob(z), expected, rtol=0, atol=1e-12)
+    assert_close(vectorize_latents(program, images(2)).prior().log_prob(z), expected, rtol=0, atol=1e-12)
 
 
 class GivenCenter(nn.Module):
@@ -161,7 +161,7 @@ class GivenCenter(nn.Module):
 @pytest.mark.parametrize("first", [slice(0, 4), slice(0, 1), torch.zeros(2, dtype=torch.long)])
 def test_a_prior_given_an_argument_is_that_of_each_row_whatever_rows_the_model_was_made_with(first):
     program, x, c = GivenCenter(), images(4), torch.arange(4.0).double()
-    model = as_latent_model(program, Records(x, c)[first])
+    model = vectorize_latents(program, Records(x, c)[first])
     z = model.posterior(x, c).sample((3,))
     log_w = model.prior(c).log_prob(z) + model.likelihood(z, c).log_prob(x) - model.posterior(x, c).log_prob(z)
     assert_close(log_w, program.log_evidence(x, c).expand(3, 4), rtol=0, atol=1e-12)
@@ -171,7 +171,7 @@ def test_a_prior_given_an_argument_is_that_of_each_row_whatever_rows_the_model_w
 
 
 def test_a_posterior_repeated_for_more_rows_is_drawn_for_each():
-    model = as_latent_model(TwoSites(), images(2))
+    model = vectorize_latents(TwoSites(), images(2))
     assert len(model.posterior(images(1)).expand((5,)).sample().unique(dim=0)) == 5
 
 
@@ -182,7 +182,7 @@ def test_a_posterior_repeated_for_more_rows_is_drawn_for_each():
 @pytest.mark.parametrize("start", ["guide", "normal", "prior"])
 def test_annealing_bounds_the_evidence_from_below(make, start):
     program, x = program_and_images(make)
-    model = as_latent_model(program, x)
+    model = vectorize_latents(program, x)
     torch.manual_seed(0)
     chains = {"num_leapfrogs": 3, "num_chains": 20, "start": start}
     annealing = ais.pilot(model, x, betas=ais.temperatures(15), **chains)
@@ -196,7 +196,7 @@ def test_annealing_bounds_the_evidence_from_below(make, start):
 
 def test_bounds_of_simulated_images_with_an_argument_each_enclose_their_evidence():
     program, data = Labeled(), records(5)
-    model = as_latent_model(program, data)
+    model = vectorize_latents(program, data)
     torch.manual_seed(0)
     x, z = ais.simulate(model, 5, *data.further)
     made = Records(x, *data.further)
@@ -211,7 +211,7 @@ def test_bounds_of_simulated_images_with_an_argument_each_enclose_their_evidence
 @pytest.mark.parametrize("program", [ExactSum(), Labeled()], ids=["enumerated", "arguments"])
 def test_a_compiled_chain_is_the_eager_one(graphs, program):
     data = records(5) if isinstance(program, Labeled) else program.draw(5)
-    model = as_latent_model(program, data)
+    model = vectorize_latents(program, data)
     found = []
     for compile in (False, True):
         torch.manual_seed(0)
@@ -249,7 +249,7 @@ class TwoNumbers(nn.Module):
 def test_a_refined_proposal_reaches_a_normal_posterior(program):
     data = records(5) if isinstance(program, Labeled) else images(5)
     arguments = (data.x, *data.further) if isinstance(data, Records) else (data,)
-    model, exact = as_latent_model(program, data), program.log_evidence(*arguments)
+    model, exact = vectorize_latents(program, data), program.log_evidence(*arguments)
     torch.manual_seed(0)
     L = encode(model, data).mean.shape[1]
     own = replace_guide(model, refine_proposal(model, data, steps=200, family=FullNormal(L)))
@@ -267,13 +267,13 @@ class Misplaced(TwoSites):
 @pytest.mark.parametrize(("make", "is_exact"), [(TwoSites, True), (Misplaced, False)])
 def test_calibration_tells_an_exact_guide_from_a_misplaced_one(make, is_exact):
     torch.manual_seed(0)
-    found = judge(compute_ranks(as_latent_model(make(), images(2)), num_simulations=400, num_draws=30))
+    found = judge(compute_ranks(vectorize_latents(make(), images(2)), num_simulations=400, num_draws=30))
     assert (found.p_value > 0.01) == is_exact
 
 
 def test_a_program_may_be_a_part_of_a_mixture_guide():
     program, x = TwoSites(), images(3)
-    mixed = mix_prior_into_guide(as_latent_model(program, x))
+    mixed = mix_prior_into_guide(vectorize_latents(program, x))
     torch.manual_seed(0)
     found = importance(mixed.model, mixed.guide, x, num_particles=1000)
     assert ((found.log_evidence - program.log_evidence(x)).abs() < 5 * found.monte_carlo_stderr).all()
@@ -293,7 +293,7 @@ class Dropping(OneSite):
 
 def test_diagnostics_and_calibration_are_of_evaluation_mode():
     x = images(8)
-    model = as_latent_model(Dropping(), x)
+    model = vectorize_latents(Dropping(), x)
     found = []
     for training in (True, False):
         model.train(training)
@@ -316,7 +316,7 @@ def test_calibration_gives_each_simulation_its_own_argument():
 @pytest.mark.parametrize("program", [TwoSites(), Labeled()], ids=["two sites", "arguments"])
 def test_a_diagnosis_of_a_program_has_the_parts_of_its_elbo(program):
     data = records(200) if isinstance(program, Labeled) else images(200)
-    model = as_latent_model(program, data)
+    model = vectorize_latents(program, data)
     found = measure(model, data, num_particles=50)
     elbo = importance(program.model, program.guide, data, num_particles=300).elbo
     assert found.kl is not None
@@ -347,7 +347,7 @@ def test_a_semi_supervised_vae_has_its_label_summed():
         vae.prior, vae.likelihood, vae.posterior, vae.class_probs, lambda x: dist.Categorical(logits=exact[: len(x)])
     )
     y = torch.where(torch.arange(6) < 3, y, -1)
-    model = as_latent_model(semi, Records(x, y))
+    model = vectorize_latents(semi, Records(x, y))
     z = model.posterior(x, y).sample((4,))
     log_p = model.prior(y).log_prob(z) + model.likelihood(z, y).log_prob(x)
     by_label = [vae.prior(k).log_prob(z) + vae.likelihood(z, k).log_prob(x) for k in torch.arange(3)]
@@ -387,7 +387,7 @@ class Bounded(TwoSites):
 
 def test_a_support_with_parameters_is_refused():
     with pytest.raises(ValueError, match=r"site 'z': expected a support without parameters, .*; sample a normal or a"):
-        as_latent_model(Bounded(), images(2))
+        vectorize_latents(Bounded(), images(2))
 
 
 @pytest.mark.parametrize(
@@ -399,7 +399,7 @@ def test_a_support_with_parameters_is_refused():
 )
 def test_a_support_that_real_numbers_do_not_map_to_is_refused(p, q, message):
     with pytest.raises(ValueError, match=message):
-        as_latent_model(OneSite(p, q), images(2))
+        vectorize_latents(OneSite(p, q), images(2))
 
 
 class Late(TwoSites):
@@ -414,7 +414,7 @@ class Late(TwoSites):
 
 def test_a_latent_that_depends_on_the_images_is_refused():
     with pytest.raises(ValueError, match="model: expected latents that do not depend on the images"):
-        as_latent_model(Late(), images(2))
+        vectorize_latents(Late(), images(2))
 
 
 class Global(OneSite):
@@ -429,7 +429,7 @@ class Global(OneSite):
 
 def test_a_site_outside_of_the_plate_is_refused():
     with pytest.raises(ValueError, match="site 'w': expected it in the images' plate"):
-        as_latent_model(Global(dist.Normal(zero, 1.0), dist.Normal(zero, 1.0)), images(2))
+        vectorize_latents(Global(dist.Normal(zero, 1.0), dist.Normal(zero, 1.0)), images(2))
 
 
 class Observing(OneSite):
@@ -440,7 +440,7 @@ class Observing(OneSite):
 
 
 def test_images_of_a_program_that_observes_more_are_not_simulated():
-    model = as_latent_model(Observing(dist.Normal(zero, 1.0), dist.Normal(zero, 1.0)), images(2))
+    model = vectorize_latents(Observing(dist.Normal(zero, 1.0), dist.Normal(zero, 1.0)), images(2))
     for simulate in (lambda: ais.simulate(model, 3), lambda: compute_ranks(model, num_simulations=3, num_draws=2)):
         with pytest.raises(ValueError, match=r"model: expected one observed site, the images, .* got \['x', 'near'\]"):
             simulate()
@@ -449,11 +449,11 @@ def test_images_of_a_program_that_observes_more_are_not_simulated():
 @pytest.mark.parametrize("program", [(1, 2), TwoSites().model])
 def test_what_is_no_module_is_refused(program):
     with pytest.raises(ValueError, match=r"program: expected a torch.nn.Module .*; PyroProgram"):
-        as_latent_model(program, images(2))
+        vectorize_latents(program, images(2))
 
 
 def test_a_forgotten_argument_is_missed():
-    model, z = as_latent_model(Labeled(), records(5)), torch.zeros(5, 1).double()
+    model, z = vectorize_latents(Labeled(), records(5)), torch.zeros(5, 1).double()
     for part in (lambda: model.likelihood(z), lambda: model.posterior(records(5).x)):
         with pytest.raises(ValueError, match=r"further: expected 2 tensors, which the program takes .* got 0"):
             part()
@@ -468,7 +468,7 @@ def test_records_for_a_vae_whose_parts_take_no_argument_are_refused():
 
 def test_a_vae_is_its_own_latent_model():
     vae = exact_vae()
-    assert as_latent_model(vae, Records(*labelled_images())) is vae
+    assert vectorize_latents(vae, Records(*labelled_images())) is vae
 
 
 class OtherParts(TwoSites):
@@ -502,5 +502,5 @@ class OtherModel(VAE):
 
 @pytest.mark.parametrize(("make", "L"), [(OtherParts, 5), (OtherModel, 4)])
 def test_parts_that_are_not_those_of_model_and_guide_are_not_taken(make, L):
-    model = as_latent_model(make(), images(2))
+    model = vectorize_latents(make(), images(2))
     assert model.posterior(images(3)).sample().shape == (3, L)

@@ -165,7 +165,7 @@ def collect(blocks: Iterable[np.ndarray], shape: tuple[int, ...], dtype: torch.d
 # --- The cache ---
 
 # Raise this number when files are read differently than before: it makes the entries of older versions stale.
-_READER_VERSION = 9
+_READER_VERSION = 10
 
 _IMAGES, _REST = "images.npy", "splits.json"
 

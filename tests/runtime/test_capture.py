@@ -301,7 +301,7 @@ def test_kernels_share_files_that_a_later_call_finds_again(tmp_path, monkeypatch
     """Four kernels, with products between them, in two files: a second one begins once the first is long enough."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(_inductor, "_FILE_LENGTH", 6000)  # a kernel has some 4,000
-    x, w = torch.randn(8, 8), torch.randn(8, 8)
+    x, w = torch.randn(8, 8).double(), torch.randn(8, 8).double()
 
     def function(x, w):
         h = (x.exp() @ w).sin()
@@ -322,7 +322,7 @@ def test_kernels_share_files_that_a_later_call_finds_again(tmp_path, monkeypatch
 def test_products_are_the_same_wherever_they_are_written(tmp_path, monkeypatch):
     """Flattened into one vector or two, transposed before, in part, and used elsewhere too."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    a, b = torch.randn(6, 4), torch.randn(4, 8)
+    a, b = torch.randn(6, 4).double(), torch.randn(4, 8).double()
 
     def function(a, b):
         products = [(k * a) @ b for k in (1, 2, 3, 4, 5)]

@@ -31,7 +31,7 @@ from ppl_vae.protocols import LatentModel, Program, is_latent_model
 from ppl_vae.runtime.batching import floats_per_pixel
 from ppl_vae.runtime.capture import is_capturing
 from ppl_vae.runtime.records import Data, Records, arguments_of, images_of
-from ppl_vae.support import CHECKED_AT_ONCE, locate_image_sites, trial_run
+from ppl_vae.support import CHECKED_AT_ONCE, probe_image_sites, trial_run
 from ppl_vae.vae import VAE
 from ppl_vae.weights import (
     log_weight_terms,
@@ -123,7 +123,7 @@ class _Runs(nn.Module):
         self.observed = observed_sites(p)
         self.num_branches = math.prod(enumerated_dims(p).values())
         first = torch.zeros(2, dtype=torch.long, device=data.device)
-        self.images = next(iter(locate_image_sites(program.model, data, first)), None)
+        self.images = next(iter(probe_image_sites(program.model, data, first)), None)
         self.num_arguments = len(arguments_of(data))
         for i, tensor in enumerate(arguments_of(data[:1])):  # buffers, so that a compiled graph knows them
             self.register_buffer(f"example_{i}", tensor.detach().clone(), persistent=False)

@@ -67,13 +67,11 @@ def is_latent_model(vae: object) -> TypeGuard[LatentModel]:
     return isinstance(vae, LatentModel) and not hasattr(vae, "given_labels")  # which has its label as a latent
 
 
-def check_latent_model(vae: object, *, further: Sequence[Tensor] = (), images_alone: bool = False) -> None:
+def check_latent_model(vae: object, *, images_alone: bool = False) -> None:
     """Refuse, with a ValueError, a program that is no ``LatentModel``.
 
     Args:
         vae: The program.
-        further: The further tensors of the images, where the result needs one p(z) for all images: the prior may then
-            not depend on them.
         images_alone: Whether the result takes no further tensors.
     """
     if not is_latent_model(vae):
@@ -85,11 +83,6 @@ def check_latent_model(vae: object, *, further: Sequence[Tensor] = (), images_al
         raise ValueError(
             f"vae: expected a model of images alone, got {type(vae).__name__}, which takes labels; vae.fix_label(y) is "
             "the model of one label"
-        )
-    if further and len(vae.prior(*further).batch_shape):
-        raise ValueError(
-            "vae: expected one p(z) for all images, got a prior that depends on a further tensor; fix its value and "
-            "take the images that have it, as vae.fix_label(y) does for a ConditionalVAE"
         )
 
 

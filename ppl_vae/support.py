@@ -112,7 +112,7 @@ def check_support(model: StochasticFunction, data: Data) -> None:
         raise ValueError("x: expected at least one image, got none")
     parts = x.split(CHECKED_AT_ONCE)
     # Only an image with a NaN shows whether the program replaces it.
-    sites = locate_image_sites(model, data, torch.full((2,), find_missing(x) or 0, device=x.device))
+    sites = probe_image_sites(model, data, torch.full((2,), find_missing(x) or 0, device=x.device))
     for site in sites:
         for part in parts:
             check_site(site, part)
@@ -179,8 +179,8 @@ def describe_type(x: object) -> str:
     return name if dtype is None else f"{name} of dtype {dtype} and shape {tuple(getattr(x, 'shape', ()))}"
 
 
-def locate_image_sites(model: StochasticFunction, x: Data, places: Tensor) -> list[ImageSite]:
-    """``find_image_sites`` in a run of the model on the images of x (N, *E) at these places, at least two.
+def probe_image_sites(model: StochasticFunction, x: Data, places: Tensor) -> list[ImageSite]:
+    """Run the model on the images of x (N, *E) at these places, two or more, and find the sites that observe them.
 
     Raises:
         ValueError: The model refuses the images.

@@ -53,6 +53,7 @@ OTHERS = {
     "diagnostics.holes": lambda vae, x: diagnostics.holes(vae, x, torch.zeros(9, 2).to(x), torch.zeros(9, 2).to(x)),
     "diagnostics.latent_kl": lambda vae, x: diagnostics.latent_kl(vae, x),
     "moments.decode_mean": lambda vae, x: moments.decode_mean(vae, torch.zeros(3, 2).to(x)),
+    "moments.get_shared_prior": lambda vae, x: moments.get_shared_prior(vae, x),
     "moments.sample_prior": lambda vae, x: moments.sample_prior(vae, 3),
     "moments.sample_posterior": lambda vae, x: moments.sample_posterior(vae, x),
     "moments.encode": lambda vae, x: moments.encode(vae, x),

@@ -18,11 +18,12 @@ from ppl_vae.evidence.moments import (
     compute_log_prob,
     compute_moments,
     factors,
+    get_shared_prior,
     sample_latents,
 )
 from ppl_vae.protocols import LatentModel
 from ppl_vae.runtime.global_state import seeded, serialize_threads
-from ppl_vae.runtime.records import Data, further_of
+from ppl_vae.runtime.records import Data
 
 # A prior draw is in a hole if its score is below this quantile of the scores of held-out images' draws. Source: ours.
 HOLE_QUANTILE = 0.01
@@ -226,7 +227,7 @@ def holes(vae: LatentModel, x: Data, z_held_out: Tensor, z_prior: Tensor) -> Hol
     """
     _check_draws("z_held_out", z_held_out)
     _check_draws("z_prior", z_prior)
-    prior = vae.prior(*further_of(x[:1]))
+    prior = get_shared_prior(vae, x)
     bandwidth, q = _choose_bandwidth(AggregatePosterior.encode(vae, x), z_held_out[::2])
     held_out, at_prior = ((q.log_prob(z) - compute_log_prob(prior, z)).cpu() for z in (z_held_out[1::2], z_prior))
     reach = math.sqrt(HOLE_QUANTILE * (1 - HOLE_QUANTILE) / len(held_out))  # the quantile's error as a share

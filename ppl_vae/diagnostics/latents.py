@@ -16,6 +16,7 @@ from ppl_vae.evidence.moments import (
     compute_log_prob,
     compute_moments,
     factors,
+    get_shared_prior,
     normal_factors,
 )
 from ppl_vae.hierarchy import LayeredDistribution
@@ -83,7 +84,7 @@ def latent_kl(vae: LatentModel, x: Data) -> PerLatent | None:
     None unless guide and prior are products over latents by construction. x: (N, *E), as the model sees images; none
     raise ValueError.
     """
-    p, found = factors(vae.prior(*further_of(x[:1]))), []
+    p, found = factors(get_shared_prior(vae, x)), []
     for group in AggregatePosterior.encode(vae, x).groups:
         q = factors(group)
         if p is None or q is None:
@@ -166,7 +167,7 @@ def elbo_split(vae: LatentModel, x: Data) -> ElboSplit:
     correlation; there by minibatches). The closed-form KL with sampled information is ours.
     """
     check_support(vae.model, x)
-    q, prior = AggregatePosterior.encode(vae, x), vae.prior(*further_of(x[:1]))
+    q, prior = AggregatePosterior.encode(vae, x), get_shared_prior(vae, x)
     latents = factors(prior) if q.is_factorized else None
     z = q.sample()
     log_q = q.log_prob_per_image(z)
@@ -228,7 +229,7 @@ def implied_beta(vae: LatentModel, x: Data) -> Estimate | None:
     Source: ours.
     """
     check_support(vae.model, x)
-    prior = vae.prior(*further_of(x[:1]))
+    prior = get_shared_prior(vae, x)
     if isinstance(prior, LayeredDistribution | VampMixture):
         return None
     passes = x.split(max(1, pairs_per_pass(vae, x) // (2 * _BETA_DRAWS)))

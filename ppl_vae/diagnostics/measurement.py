@@ -34,7 +34,14 @@ from ppl_vae.diagnostics.pictures import Blur, blur, reconstruction_variation
 from ppl_vae.evidence.estimate import Estimate
 from ppl_vae.evidence.evaluation import evaluate, reconstruction
 from ppl_vae.evidence.importance import Importance
-from ppl_vae.evidence.moments import compute_moments, decode_mean, encode, sample_latents, sample_posterior
+from ppl_vae.evidence.moments import (
+    compute_moments,
+    decode_mean,
+    encode,
+    get_shared_prior,
+    sample_latents,
+    sample_posterior,
+)
 from ppl_vae.protocols import LatentModel, check_latent_model
 from ppl_vae.runtime.global_state import evaluation_mode, seeded
 from ppl_vae.runtime.records import Data, arguments_of, further_of, images_of
@@ -161,7 +168,7 @@ def measure(
         seed: of every draw.
     """
     x, further = images_of(data), further_of(data)
-    check_latent_model(vae, further=further)
+    check_latent_model(vae)
     if len(x) < FEWEST_IMAGES:
         raise ValueError(f"x: expected at least {FEWEST_IMAGES} images, got {len(x)}")
     kl = by_latent = implied = split = calibration = None
@@ -169,7 +176,7 @@ def measure(
         with seeded(seed, x.device):  # the order of the measures decides their draws
             autoencoder = is_deterministic(vae.posterior(*arguments_of(data[:1])))
             codes = encode(vae, data)
-            active = active_units(codes, compute_moments(vae.prior(*further)).scale)
+            active = active_units(codes, compute_moments(get_shared_prior(vae, data)).scale)
             most_paired = _MOST_PAIRED if codes.num_draws is None else _MOST_PAIRED_BY_A_FLOW
             if autoencoder:
                 log_p_x_given_z = Estimate.mean_of(reconstruction(vae, data, seed=0))  # z is a function of x
@@ -216,7 +223,7 @@ def _measure_aggregate(
     vae: LatentModel, x: Data, most_paired: int, *, autoencoder: bool, seed: int
 ) -> AggregateNumbers:
     """The aggregate posterior; for holes every other image is a reference image, and the rest are held out."""
-    prior = vae.prior(*further_of(x[:1]))
+    prior = get_shared_prior(vae, x)
     z, z_prior = sample_posterior(vae, x), sample_latents(prior, len(x))
     reference = _take_evenly(x, 2 * most_paired)[::2]
     held_out = _take_evenly(z, 2 * most_paired)[1::2]

@@ -18,7 +18,7 @@ from ppl_vae.latent_model import ProgramLikelihood
 from ppl_vae.protocols import LatentModel, check_latent_model
 from ppl_vae.runtime.batching import floats_per_latent, images_per_pass, items_per_pass, latents_per_pass
 from ppl_vae.runtime.global_state import serialize_threads
-from ppl_vae.runtime.records import Data, Records, arguments_of
+from ppl_vae.runtime.records import Data, Records, arguments_of, further_of
 
 _DRAWS_PER_POSTERIOR = 200
 PRIOR_DRAWS = 20_000  # for a prior without moments, or without a distribution function, in closed form
@@ -68,6 +68,22 @@ def sample_prior(vae: LatentModel, count: int, *further: Tensor) -> Tensor:
     if tuple(p.batch_shape) != (count,):
         raise ValueError(f"further: expected {count} rows, one for each draw, got {tuple(p.batch_shape)}")
     return p.sample()
+
+
+@serialize_threads()
+def get_shared_prior(vae: LatentModel, data: Data) -> Distribution:
+    """p(z), batch (), of images (N, *E), or of ``Records`` on whose further tensors it does not depend.
+
+    Raises:
+        ValueError: The prior depends on a further tensor.
+    """
+    prior = vae.prior(*further_of(data))
+    if len(prior.batch_shape):
+        raise ValueError(
+            "vae: expected one p(z) for all images, got a prior that depends on a further tensor; fix its value and "
+            "take the images that have it, as vae.fix_label(y) does for a ConditionalVAE"
+        )
+    return prior
 
 
 @serialize_threads(gradients=False)

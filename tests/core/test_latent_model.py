@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributions import MultivariateNormal
 from torch.testing import assert_close
 
-from ppl_vae import VAE, Records, importance
+from ppl_vae import VAE, Records, diagnostics, importance
 from ppl_vae.diagnostics.measurement import measure
 from ppl_vae.evidence import ais
 from ppl_vae.evidence.guide_calibration import compute_ranks, judge
@@ -363,10 +363,20 @@ def test_images_are_told_apart_by_arguments_that_their_type_would_round():
     assert guide(x.flip(0), c.flip(0)).mean.flatten().tolist() == [5, 0]
 
 
-def test_diagnostics_refuse_a_prior_that_differs_between_images():
+COMPARING = {
+    "measure": measure,
+    "latent_kl": diagnostics.latent_kl,
+    "elbo_split": diagnostics.elbo_split,
+    "implied_beta": diagnostics.implied_beta,
+    "holes": lambda vae, data: diagnostics.holes(vae, data, torch.zeros(9, 2).double(), torch.zeros(9, 2).double()),
+}
+
+
+@pytest.mark.parametrize("function", COMPARING.values(), ids=COMPARING)
+def test_diagnostics_refuse_a_prior_that_differs_between_images(function):
     x, y = labelled_images()
     with pytest.raises(ValueError, match=r"vae: expected one p\(z\) for all images, .*vae.fix_label\(y\)"):
-        measure(exact_vae(), Records(x, y))
+        function(exact_vae(), Records(x, y))
 
 
 # --- What is refused ---

@@ -178,8 +178,8 @@ def busy_compiler(device: torch.device) -> Iterator[None]:
                 gc.enable()
 
 
-# Characters of code, from which on a file is compiled: some five kernels. Longer files take less time in all, shorter
-# ones leave less to do at the end.
+# A file is compiled once it has this many characters, the code of about five kernels. Longer files take less processor
+# time in all; shorter files leave less to compile after the last kernel.
 _FILE_LENGTH = 40_000
 
 
@@ -238,7 +238,7 @@ def _load_extension(name: str, path: str) -> Any:
 
 
 def _has_flags(isa: Any, code: str) -> bool:
-    """Whether the C++ compiler knows an instruction set that the processor has. Torch compiles, links and loads."""
+    """Whether the C++ compiler knows the flags of an instruction set. Torch itself would compile and load a program."""
     from torch._inductor.cpp_builder import get_cpp_compiler
 
     words = [get_cpp_compiler(), *isa.build_arch_flags().split(), "-fsyntax-only", "-x", "c++", os.devnull]

@@ -104,7 +104,12 @@ class Task:
         """The same functions as one would write them in PyTorch, with the first weights."""
         hidden, L, _, activation, channels, _, _ = self.model
         if channels:
-            return self._with_first_weights(*self.vae_networks())
+            nets = self._with_first_weights(*self.vae_networks())
+            for layer in [layer for net in nets for layer in net.modules()]:
+                for kind in (nn.Conv2d, nn.ConvTranspose2d):
+                    if isinstance(layer, kind):
+                        layer.__class__ = kind  # torch's own form of the same sums
+            return nets
 
         def dense(*widths: int) -> nn.Sequential:
             layers = [layer for pair in pairwise(widths) for layer in (nn.Linear(*pair), activation())]

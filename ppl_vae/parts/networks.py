@@ -13,6 +13,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import conv2d, pad, pixel_shuffle, pixel_unshuffle
 
 from ppl_vae.runtime.errors import ShapeError, Widths, check_widths
 from ppl_vae.runtime.numerics import location_and_spread
@@ -142,10 +143,44 @@ def _stage_end(width: int, *, gated: bool, num_blocks: int = 0) -> list[nn.Modul
     return [nn.GLU(dim=-3) if gated else nn.SiLU(), *blocks]
 
 
-def _up(width_in: int, width_out: int, *, size: tuple[int, int], bias: bool = True) -> nn.ConvTranspose2d:
-    """A transposed convolution from images of half the size, rounded up, to images of ``size``."""
-    extra = (1 - size[0] % 2, 1 - size[1] % 2)  # without it, ceil(n / 2) becomes 2 ceil(n / 2) - 1
-    return nn.ConvTranspose2d(width_in, width_out, _KERNEL, stride=2, padding=_PADDING, output_padding=extra, bias=bias)
+class _Halve(nn.Conv2d):
+    """A 5x5 convolution of stride 2: (N, width_in, H, W) -> (N, width_out, H / 2, W / 2), rounded up.
+
+    One plane is taken as the four planes of its 2x2 squares, by a 3x3 convolution of the same sums: index 2 d + a of
+    the five (and a zero) becomes index d of the three, in plane a. Measured on two cores: 1.2 to 3.5 times as fast.
+    """
+
+    def __init__(self, width_in: int, width_out: int) -> None:
+        super().__init__(width_in, width_out, _KERNEL, stride=2, padding=_PADDING)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.in_channels > 1 or x.device.type != "cpu":
+            return super().forward(x)
+        squares = pixel_unshuffle(pad(x, (0, x.shape[-1] % 2, 0, x.shape[-2] % 2)), 2)
+        weight = pad(self.weight, (0, 1, 0, 1)).reshape(-1, 3, 2, 3, 2).permute(0, 2, 4, 1, 3).reshape(-1, 4, 3, 3)
+        return conv2d(_channels_last(squares), weight, self.bias, padding=1)
+
+
+class _Double(nn.ConvTranspose2d):
+    """A transposed 5x5 convolution of stride 2, from images of half the size, rounded up, to images of ``size``.
+
+    Up to four planes are made as the four planes of their 2x2 squares, by a 3x3 convolution of the same sums: pixel
+    2 m + a takes index a + 2 - 2 d of the five from position m + d. Measured on two cores: 1.4 to 2 times as fast.
+    """
+
+    def __init__(self, width_in: int, width_out: int, *, size: tuple[int, int], bias: bool = True) -> None:
+        extra = (1 - size[0] % 2, 1 - size[1] % 2)  # without it, ceil(n / 2) becomes 2 ceil(n / 2) - 1
+        super().__init__(width_in, width_out, _KERNEL, 2, _PADDING, output_padding=extra, bias=bias)
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        if self.out_channels > 4 or x.device.type != "cpu":
+            return super().forward(x, output_size)
+        # Flipped, and with a zero before it, the five is indexed by 2 d + 3 - a, d = -1, 0, 1: [d + 1][1 - a].
+        weight = pad(self.weight.flip(2, 3), (1, 0, 1, 0)).reshape(-1, self.out_channels, 3, 2, 3, 2).flip(3, 5)
+        weight = weight.permute(1, 3, 5, 0, 2, 4).reshape(4 * self.out_channels, -1, 3, 3)
+        y = pixel_shuffle(conv2d(x, weight, padding=1), 2)
+        y = y[..., : 2 * x.shape[-2] - 1 + self.output_padding[0], : 2 * x.shape[-1] - 1 + self.output_padding[1]]
+        return y if self.bias is None else y + self.bias[:, None, None]
 
 
 def _channels_last(x: Tensor) -> Tensor:
@@ -212,7 +247,7 @@ class ConvEncoder(nn.Module):
         stages: list[nn.Module] = []
         for width_in, width_out in pairwise([planes, *channels]):
             wide = 2 * width_out if gated else width_out
-            stages.append(nn.Conv2d(width_in, wide, _KERNEL, stride=2, padding=_PADDING))
+            stages.append(_Halve(width_in, wide))
             stages += _stage_end(width_out, gated=gated, num_blocks=num_blocks)
         self.stages = nn.Sequential(*stages)
         small = ([planes, *channels][-1], *_sizes(height, width, len(channels))[-1])
@@ -238,7 +273,7 @@ class PixelOutput(nn.Module):
 
     def __init__(self, width_in: int, planes: int, *, size: tuple[int, int]) -> None:
         super().__init__()
-        self.up = _up(width_in, planes, size=size, bias=False)
+        self.up = _Double(width_in, planes, size=size, bias=False)
         self.bias = nn.Parameter(torch.zeros(planes * size[0] * size[1]))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -284,7 +319,7 @@ class ConvDecoder(nn.Module):
         widths = channels[::-1]
         stages = _stage_end(widths[0], gated=gated, num_blocks=num_blocks)[gated:]  # the dense network is not gated
         for i, (width_in, width_out) in enumerate(pairwise(widths)):
-            stages.append(_up(width_in, 2 * width_out if gated else width_out, size=sizes[-2 - i]))
+            stages.append(_Double(width_in, 2 * width_out if gated else width_out, size=sizes[-2 - i]))
             stages += _stage_end(width_out, gated=gated, num_blocks=num_blocks)
         self.dense = (GatedMLP if gated else MLP)(latent_dim, math.prod(self.small), hidden=hidden)
         self.stages = nn.Sequential(*stages)

@@ -124,7 +124,7 @@ def halving_matrix(weight, height, width):
     return matrix.reshape(planes_out * small[0] * small[1], -1)
 
 
-@pytest.mark.parametrize(("channels", "height", "width"), [(1, 6, 6), (3, 5, 8), (2, 7, 3)])
+@pytest.mark.parametrize(("channels", "height", "width"), [(1, 6, 6), (1, 7, 4), (3, 5, 8), (2, 7, 3), (5, 4, 3)])
 @torch.no_grad()
 def test_a_convolutional_encoder_is_an_mlp_whose_matrix_repeats_its_weights(channels, height, width):
     torch.manual_seed(0)
@@ -139,7 +139,7 @@ def test_a_convolutional_encoder_is_an_mlp_whose_matrix_repeats_its_weights(chan
     assert_close(conv(x), mlp(x), rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize(("channels", "height", "width"), [(1, 6, 6), (3, 5, 8), (2, 7, 3)])
+@pytest.mark.parametrize(("channels", "height", "width"), [(1, 6, 6), (1, 7, 4), (3, 5, 8), (2, 7, 3), (5, 4, 3)])
 @torch.no_grad()
 def test_a_convolutional_decoder_is_an_mlp_whose_matrix_repeats_its_weights(channels, height, width):
     torch.manual_seed(0)

@@ -6,6 +6,7 @@ Every name below is imported when it is first used, so that a script's ``--help`
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from ppl_vae.weights import log_weights
 
 __version__ = "0.2.0"
+
+# Torch then puts tensors of 2 MB and more on huge pages, where Linux has them; it looks once, at the first such tensor.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 _NAMES = {
     "conditional": "Conditional",

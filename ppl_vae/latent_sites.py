@@ -72,7 +72,7 @@ def describe_site(name: str, p: dict[str, Any], q: dict[str, Any]) -> LatentSite
     return LatentSite(name, to_value, to_value.inverse_shape(shape), shape)
 
 
-def _base_support(support: Any) -> Any:
+def _base_support(support: constraints.Constraint) -> constraints.Constraint:
     """The support of one number or row: without what says how many there are, or that they are of a mixture."""
     while hasattr(support, "base_constraint"):
         support = support.base_constraint

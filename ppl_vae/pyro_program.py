@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from typing import Any
 
 import pyro
 from pyro import poutine
 from pyro.poutine.messenger import Messenger, unwrap
+from pyro.poutine.runtime import Message
 from torch import Tensor, nn
 from torch.distributions import constraints, transform_to
 
@@ -104,7 +104,7 @@ class _OwnParameters(Messenger):
         super().__init__()
         self._program = program
 
-    def _pyro_param(self, msg: Any) -> None:
+    def _pyro_param(self, msg: Message) -> None:
         name, *given = msg["args"]
         msg["stop"] = True
         if self._program.has_param(name):

@@ -97,7 +97,7 @@ def observed_sites(trace: poutine.Trace) -> list[str]:
     return [name for name in trace.observation_nodes if not trace.nodes[name]["infer"].get("_deterministic")]
 
 
-def is_deterministic(distribution: Any) -> bool:
+def is_deterministic(distribution: object) -> bool:
     """Whether a distribution is a point mass (Delta), possibly wrapped. It has no density."""
     while hasattr(distribution, "base_dist"):
         distribution = distribution.base_dist

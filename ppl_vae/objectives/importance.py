@@ -17,6 +17,7 @@ from pyro.infer.util import torch_item
 from pyro.poutine import Trace
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.messenger import Messenger, unwrap
+from pyro.poutine.runtime import Message
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 
@@ -287,7 +288,7 @@ class _UseValues(Messenger):
         super().__init__()
         self.values = values
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Message) -> None:
         if msg["name"] in self.values:
             msg["value"], msg["done"] = self.values[msg["name"]], True
 

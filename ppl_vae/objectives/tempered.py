@@ -11,6 +11,7 @@ from pyro.distributions.util import scale_and_mask
 from pyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import Message
 from pyro.poutine.scale_messenger import ScaleMessenger
 from torch import Tensor
 from torch.distributions import kl_divergence
@@ -39,7 +40,7 @@ class Temper(ScaleMessenger):
         Messenger.__init__(self)  # not ScaleMessenger's own, which raises for a scale of 0
         self.scale = beta
 
-    def _process_message(self, msg: Any) -> None:
+    def _process_message(self, msg: Message) -> None:
         if msg["type"] == "sample" and not msg["is_observed"]:
             super()._process_message(msg)
 

@@ -275,7 +275,7 @@ def has_triton() -> bool:
     return _triton.has_triton()
 
 
-def is_pure(target: Any) -> bool:
+def is_pure(target: object) -> bool:
     """Whether an operator of a graph returns the same for the same inputs, and changes none of them."""
     return (
         isinstance(target, _Operator)
@@ -284,12 +284,12 @@ def is_pure(target: Any) -> bool:
     )
 
 
-def is_mutating(target: Any) -> bool:
+def is_mutating(target: object) -> bool:
     """Whether an operator of a graph changes its inputs in place."""
     return isinstance(target, _Operator) and target._schema.is_mutable
 
 
-def flatten(tree: Any) -> tuple[list[Any], Any]:
+def flatten(tree: object) -> tuple[list[Any], Any]:
     """The leaves of nested dictionaries and tuples, and their structure for ``unflatten``."""
     return torch.utils._pytree.tree_flatten(tree)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ppl_vae.runtime import _inductor
 from ppl_vae.runtime.capture import capturing, compile_function, record_cuda_graph, refuse_new_buffers, replace_tensors
 from ppl_vae.runtime.errors import CannotCapture
+from ppl_vae.runtime.global_state import Module
 from ppl_vae.runtime.ranks import BatchShare, batch_share, num_ranks, sum_over_ranks
 from ppl_vae.runtime.records import Data, arguments_of, join_arguments
 
@@ -62,7 +63,7 @@ class CapturedStep:
     def __init__(
         self,
         loss: Callable[[Any, Tensor], Tensor],
-        module: Any,
+        module: Module,
         optimizer: torch.optim.Optimizer,
         stored: Data,
         transform: Callable[[Any], Data],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable
 from copy import deepcopy
-from typing import Any
 
 import numpy as np
 import pyro
@@ -33,7 +32,7 @@ from ppl_vae.weights import check_plates, latent_sites, trace_programs
 # --- Arguments of fit ---
 
 
-def images_tensor(name: str, x: Any) -> Data:
+def images_tensor(name: str, x: object) -> Data:
     """Return images as one tensor (N, *E); a NumPy array is not copied if that is possible.
 
     ``Records`` are returned as they are. An array of the other byte order, as FITS and IDX files have it, is converted.
@@ -56,7 +55,7 @@ def images_tensor(name: str, x: Any) -> Data:
     return x
 
 
-def check_no_mask(name: str, x: Any) -> None:
+def check_no_mask(name: str, x: object) -> None:
     """Refuse a NumPy array with masked values: NumPy's conversions drop the mask, and would train on what it hides."""
     if isinstance(x, np.ma.MaskedArray) and (count := int(np.ma.getmaskarray(x).sum())):
         raise ValueError(

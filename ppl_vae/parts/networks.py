@@ -72,16 +72,36 @@ class Standardized(nn.Module):
         return self.net((x - self.loc) / self.scale)
 
 
+def _drop_after(activation: nn.Module, dropout: float) -> nn.Module:
+    """The activation; in training that share of its units is 0 at random, and the others are 1 / (1 - dropout) larger.
+
+    It is one module with or without dropout, so that a network's weights have the same names.
+
+    Reference: Srivastava et al. 2014, Dropout, Journal of Machine Learning Research 15, section 4.
+    """
+    return nn.Sequential(activation, nn.Dropout(dropout)) if dropout else activation
+
+
 class _Dense(nn.Module):
-    """Hidden layers, each made by layer(width_in, width_out), then an affine ``output``: abstract."""
+    """Hidden layers of an activation that takes ``inputs`` numbers a unit, then an affine ``output``: abstract."""
 
     def __init__(
-        self, event_shape: Widths, num_features: int, hidden: Widths, layer: Callable[[int, int], list[nn.Module]]
+        self,
+        event_shape: Widths,
+        num_features: int,
+        hidden: Widths,
+        activation: Callable[[], nn.Module],
+        dropout: float,
+        *,
+        inputs: int = 1,
     ) -> None:
         super().__init__()
         self.event_shape = check_widths("event_shape", event_shape)
         widths = [math.prod(self.event_shape), *check_widths("hidden", hidden)]
-        self.layers = nn.Sequential(*(part for pair in pairwise(widths) for part in layer(*pair)))
+        layers: list[nn.Module] = []
+        for width_in, width_out in pairwise(widths):
+            layers += [nn.Linear(width_in, inputs * width_out), _drop_after(activation(), dropout)]
+        self.layers = nn.Sequential(*layers)
         self.output = nn.Linear(widths[-1], num_features)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -98,12 +118,19 @@ class MLP(_Dense):
         num_features: The length of the output.
         hidden: The widths of the hidden layers, or the width of the only one; () for an affine map.
         activation: a, applied after every hidden layer.
+        dropout: The share of hidden units that training leaves out, at random for each input; from 0, below 1.
     """
 
     def __init__(
-        self, event_shape: Widths, num_features: int, *, hidden: Widths, activation: type[nn.Module] = nn.ReLU
+        self,
+        event_shape: Widths,
+        num_features: int,
+        *,
+        hidden: Widths,
+        activation: type[nn.Module] = nn.ReLU,
+        dropout: float = 0.0,
     ) -> None:
-        super().__init__(event_shape, num_features, hidden, lambda F, G: [nn.Linear(F, G), activation()])
+        super().__init__(event_shape, num_features, hidden, activation, dropout)
 
 
 class GatedMLP(_Dense):
@@ -115,8 +142,8 @@ class GatedMLP(_Dense):
     Reference: Dauphin et al. 2017, arXiv 1612.08083, equation 1; used for VAEs by Tomczak and Welling 2018, 1705.07120.
     """
 
-    def __init__(self, event_shape: Widths, num_features: int, *, hidden: Widths) -> None:
-        super().__init__(event_shape, num_features, hidden, lambda F, G: [nn.Linear(F, 2 * G), nn.GLU(dim=-1)])
+    def __init__(self, event_shape: Widths, num_features: int, *, hidden: Widths, dropout: float = 0.0) -> None:
+        super().__init__(event_shape, num_features, hidden, partial(nn.GLU, dim=-1), dropout, inputs=2)
 
 
 # --- Convolutions ---
@@ -137,10 +164,10 @@ def _sizes(height: int, width: int, num_stages: int) -> list[tuple[int, int]]:
     return [(-(-height // 2**i), -(-width // 2**i)) for i in range(num_stages + 1)]
 
 
-def _stage_end(width: int, *, gated: bool, num_blocks: int = 0) -> list[nn.Module]:
+def _stage_end(width: int, *, gated: bool, num_blocks: int = 0, dropout: float = 0.0) -> list[nn.Module]:
     """The activation of a stage, and its residual blocks."""
     blocks = [ResidualBlock(width, gated=gated) for _ in range(num_blocks)]
-    return [nn.GLU(dim=-3) if gated else nn.SiLU(), *blocks]
+    return [_drop_after(nn.GLU(dim=-3) if gated else nn.SiLU(), dropout), *blocks]
 
 
 class _Halve(nn.Conv2d):
@@ -293,6 +320,7 @@ class ConvDecoder(nn.Module):
         channels: The number of channels of each stage of the encoder, in its order; at least one.
         hidden: The widths of the dense hidden layers, in this network's order.
         gated, num_blocks: As in ``ConvEncoder``.
+        dropout: As in ``MLP``, of the dense hidden layers and of the stages.
     """
 
     def __init__(
@@ -305,6 +333,7 @@ class ConvDecoder(nn.Module):
         hidden: Widths,
         gated: bool = False,
         num_blocks: int = 0,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         _, height, width = _image_shape(event_shape)
@@ -317,11 +346,13 @@ class ConvDecoder(nn.Module):
         self.event_shape = (latent_dim,)
         self.small = (channels[-1], *sizes[-1])
         widths = channels[::-1]
-        stages = _stage_end(widths[0], gated=gated, num_blocks=num_blocks)[gated:]  # the dense network is not gated
+        end = partial(_stage_end, gated=gated, num_blocks=num_blocks, dropout=dropout)
+        stages = end(widths[0])[gated:]  # the dense network is not gated
         for i, (width_in, width_out) in enumerate(pairwise(widths)):
             stages.append(_Double(width_in, 2 * width_out if gated else width_out, size=sizes[-2 - i]))
-            stages += _stage_end(width_out, gated=gated, num_blocks=num_blocks)
-        self.dense = (GatedMLP if gated else MLP)(latent_dim, math.prod(self.small), hidden=hidden)
+            stages += end(width_out)
+        dense = GatedMLP if gated else MLP
+        self.dense = dense(latent_dim, math.prod(self.small), hidden=hidden, dropout=dropout)
         self.stages = nn.Sequential(*stages)
         self.output = PixelOutput(widths[-1], num_features // (height * width), size=(height, width))
 
@@ -358,13 +389,20 @@ class NetworkPair:
         return encoder(event_shape, num_features, channels=channels, hidden=hidden)
 
     def decoder(
-        self, latent_dim: int, event_shape: Sequence[int], num_features: int, *, channels: Widths, hidden: Sequence[int]
+        self,
+        latent_dim: int,
+        event_shape: Sequence[int],
+        num_features: int,
+        *,
+        channels: Widths,
+        hidden: Sequence[int],
+        dropout: float = 0.0,
     ) -> nn.Module:
         """A network (..., L) -> (..., num_features); channels and hidden widths in the encoder's order."""
         hidden = hidden[::-1]
         if self.num_blocks is None:
-            return self.dense(latent_dim, num_features, hidden=hidden)
-        decoder = partial(ConvDecoder, gated=self.dense is GatedMLP, num_blocks=self.num_blocks)
+            return self.dense(latent_dim, num_features, hidden=hidden, dropout=dropout)
+        decoder = partial(ConvDecoder, gated=self.dense is GatedMLP, num_blocks=self.num_blocks, dropout=dropout)
         return decoder(latent_dim, event_shape, num_features, channels=channels, hidden=hidden)
 
 

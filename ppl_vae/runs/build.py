@@ -53,7 +53,12 @@ def build_vae(options: Options, event_shape: Sequence[int]) -> VAE:
 
     def make_decoder(num_latents: int) -> nn.Module:
         return network.decoder(
-            num_latents, event_shape, family.num_features, channels=options.channels, hidden=options.hidden
+            num_latents,
+            event_shape,
+            family.num_features,
+            channels=options.channels,
+            hidden=options.hidden,
+            dropout=options.dropout,
         )
 
     if options.upper_latents:

@@ -294,6 +294,9 @@ class Options(CheckedOptions):
         ("shrinking", "wide"),
         "optimization",
     )
+    dropout: float = _rare(
+        0.0, "share of the decoder's hidden units that a training step leaves out, at random", BELOW_ONE, "optimization"
+    )
     start_from: str | None = _rare(None, "run folder whose weights training starts from", group="optimization")
     clip_norm: float = _rare(100.0, "largest norm of the whole gradient", POSITIVE, "optimization")
     skip_norm: float | None = _rare(None, "leave out steps whose gradient has a larger norm", POSITIVE, "optimization")

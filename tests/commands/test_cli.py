@@ -161,7 +161,7 @@ REFUSED_WORDS = {
     schedule scale_map objective keep kl missing missing_mask condition
     """: A_WORD,
     "likelihood_scale learning_rate clip_norm skip_norm": ABOVE_0,
-    "average_decay decay_start": ("1", "-0.1", *_FLOAT_WORDS),
+    "average_decay decay_start dropout": ("1", "-0.1", *_FLOAT_WORDS),
     "data_dir start_from dataset device": ("",),
     "warmup_epochs seed": AT_LEAST_0,
     "beta checkpoint_seconds free_bits label_weight label_consistency": NOT_BELOW_0,

@@ -103,6 +103,31 @@ def test_a_gated_layer_is_its_equation():
     assert_close(net(x), (a / (1 + torch.exp(-gate))) @ net.output.weight.T + net.output.bias)
 
 
+def test_dropout_leaves_out_hidden_units_in_training_alone():
+    torch.manual_seed(0)
+    net, plain = GatedMLP(3, 2, hidden=(50,), dropout=0.3), GatedMLP(3, 2, hidden=(50,))
+    plain.load_state_dict(net.state_dict())  # the same names
+    x = torch.randn(1000, 3)
+    assert_close(net.eval()(x), plain(x))
+    hidden = plain.layers(x)
+    torch.manual_seed(1)
+    dropped = net.train().layers(x)
+    left_out = dropped == 0
+    assert_close(left_out.float().mean().item(), 0.3, atol=0.01, rtol=0)
+    assert_close(dropped, torch.where(left_out, 0.0, hidden / 0.7))
+
+
+@pytest.mark.parametrize("word", NETWORKS)
+def test_dropout_is_for_the_hidden_units_of_every_decoder(word):
+    pair = NETWORKS[word].load()
+    how = {"channels": (4, 6), "hidden": (20,)}
+    net, plain = (pair.decoder(2, (1, 8, 8), 64, **how, dropout=dropout) for dropout in (0.5, 0.0))
+    plain.load_state_dict(net.state_dict())
+    z = torch.randn(3, 2)
+    assert_close(net.eval()(z), plain(z))
+    assert not torch.allclose(net.train()(z), plain(z))
+
+
 # --- Convolutions, against dense networks of the same function ---
 
 

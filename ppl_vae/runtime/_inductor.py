@@ -94,9 +94,13 @@ def compile_graph(
             stand_ins = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
             in_place = patch.object(ConcatKernel, "realize_into", partial(_write_in_place, ConcatKernel.realize_into))
             with tracing(TracingContext(mode)), in_place:
-                return compile_fx_inner(module, stand_ins)
+                compiled = compile_fx_inner(module, stand_ins)
         except Exception as error:
             raise CannotCapture(f"the compiler failed: {first_line(error)}") from error
+    if not hasattr(compiled, "current_callable"):
+        return compiled
+    # Without the graph's records of its calls, which take a fortieth of a small step. It has to stay, or it cleans up.
+    return lambda tensors: compiled.current_callable(tensors)
 
 
 def _write_in_place(realize: Callable[[Any, Any], Any], source: Any, target: Any) -> Any:

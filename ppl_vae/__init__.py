@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 
-# Torch then puts tensors of 2 MB and more on huge pages, where Linux has them; it looks once, at the first such tensor.
+# Torch then asks Linux for huge pages for tensors of 2 MB and more. It reads this once, at the first tensor on the CPU,
+# so it has no effect after "import pyro", which makes one.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 _NAMES = {

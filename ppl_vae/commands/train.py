@@ -73,6 +73,7 @@ def train_run(options: Options, run_dir: str | None, *, say: Say, draw: bool = T
     options = replace(options, device=str(find_device(options.device)))
     check_tensorboard(options)
     with joined(options.device), ExitStack() as held:
+        _check_dropout(options)
         say = rank_zero_only(say)
         splits = rank_zero_first(lambda: load_splits(options))
         if_possible = options.compile == "auto"
@@ -131,6 +132,7 @@ def resume_run(
 def _resume(run: Run, *, epochs: int | None, say: Say, compile: str | None, draw: bool) -> None:
     folder, options = run.folder, run.options
     find_device(options.device)
+    _check_dropout(options)
     if run.from_python:
         raise ValueError(f"--resume: expected a run of ppl-vae train, but {folder} was saved from Python, or shipped")
     check_tensorboard(options)
@@ -157,6 +159,12 @@ def _resume(run: Run, *, epochs: int | None, say: Say, compile: str | None, draw
         say(f"{folder} is finished: {run.options.epochs} epochs, {done}. --epochs extends it.")
         return
     _go_on(run, saved, say=say, compile_if_possible=compile != "on", draw=draw)
+
+
+def _check_dropout(options: Options) -> None:
+    """Raises ValueError under several processes, among which the noise of dropout cannot be divided."""
+    if options.dropout and distributed.num_ranks() > 1:
+        raise ValueError(f"--dropout: expected one process, got {distributed.num_ranks()}; torchrun is not for it")
 
 
 def _change_option(run: Run, name: str, value: Any) -> Run:

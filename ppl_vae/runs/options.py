@@ -295,7 +295,7 @@ class Options(CheckedOptions):
         "optimization",
     )
     dropout: float = _rare(
-        0.0, "share of the decoder's hidden units that a training step leaves out, at random", BELOW_ONE, "optimization"
+        0.0, "probability that training sets a hidden unit of the decoder to 0", BELOW_ONE, "optimization"
     )
     start_from: str | None = _rare(None, "run folder whose weights training starts from", group="optimization")
     clip_norm: float = _rare(100.0, "largest norm of the whole gradient", POSITIVE, "optimization")

@@ -16,12 +16,13 @@ from ppl_vae import load, runs
 from ppl_vae.commands.cli import parse
 from ppl_vae.commands.evaluate import evaluate_run
 from ppl_vae.commands.options import COMMANDS, Evaluate
-from ppl_vae.commands.train import resume_run, train_run
+from ppl_vae.commands.train import _check_dropout, resume_run, train_run
 from ppl_vae.runs.build import build_vae
 from ppl_vae.runs.load import read_config
 from ppl_vae.runs.options import MODEL_OPTIONS, Options
 from ppl_vae.runs.resolve import initialize_output_bias
 from ppl_vae.runs.results import to_json
+from ppl_vae.runtime import ranks
 
 pytestmark = pytest.mark.thorough
 
@@ -181,3 +182,9 @@ def test_a_run_from_another_goes_on_bit_for_bit_and_without_it(graphs, other, tm
     assert any(key.startswith("average/prior.flow") for key in expected)
     assert records(tmp_path / "killed") == records(tmp_path / "undisturbed")
     assert_same_numbers(tmp_path / "killed", tmp_path / "undisturbed")
+
+
+def test_dropout_is_refused_under_several_processes(monkeypatch):
+    monkeypatch.setattr(ranks, "num_ranks", lambda: 2)
+    with pytest.raises(ValueError, match="--dropout: expected one process, got 2"):
+        _check_dropout(Options(dropout=0.3))

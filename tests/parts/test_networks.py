@@ -117,8 +117,13 @@ def test_dropout_leaves_out_hidden_units_in_training_alone():
     assert_close(dropped, torch.where(left_out, 0.0, hidden / 0.7))
 
 
+def test_a_dropout_of_every_unit_is_refused():
+    with pytest.raises(ValueError, match=r"dropout: expected a number, 0 or more and below 1, got 1\.0"):
+        MLP(3, 2, hidden=(4,), dropout=1.0)
+
+
 @pytest.mark.parametrize("word", NETWORKS)
-def test_dropout_is_for_the_hidden_units_of_every_decoder(word):
+def test_dropout_changes_every_decoder_in_training_alone(word):
     pair = NETWORKS[word].load()
     how = {"channels": (4, 6), "hidden": (20,)}
     net, plain = (pair.decoder(2, (1, 8, 8), 64, **how, dropout=dropout) for dropout in (0.5, 0.0))
@@ -178,6 +183,14 @@ def test_a_convolutional_decoder_is_an_mlp_whose_matrix_repeats_its_weights(chan
     mlp.output.bias.copy_(conv.output.bias)
     z = torch.randn(5, 2, dtype=torch.double)
     assert_close(conv(z), mlp(z), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("word", ["conv", "gated-conv"])
+def test_a_convolutional_pair_takes_no_images(word):
+    pair = NETWORKS[word].load()
+    how = {"channels": (4, 6), "hidden": (20,)}
+    assert pair.encoder((1, 8, 8), 3, **how)(torch.zeros(0, 1, 8, 8)).shape == (0, 3)
+    assert pair.decoder(2, (1, 8, 8), 64, **how)(torch.zeros(0, 2)).shape == (0, 64)
 
 
 @torch.no_grad()

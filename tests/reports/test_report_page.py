@@ -187,6 +187,7 @@ NETWORKS = {
     "mlp": networks.MLP,
     "gated": networks.GatedMLP,
     "tanh": lambda *sizes, **options: networks.MLP(*sizes, activation=torch.nn.Tanh, **options),
+    "dropout": lambda *sizes, **options: networks.GatedMLP(*sizes, dropout=0.3, **options).eval(),
     "silu": lambda *sizes, **options: networks.MLP(*sizes, activation=torch.nn.SiLU, **options),
 }
 PLACES = [(0.0, 0.0), (1.5, -0.5), (-2.75, 2.25), (3.0, 3.0)]

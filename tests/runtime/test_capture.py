@@ -351,6 +351,6 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no mallopt")
 def test_freed_memory_serves_the_next_tensors():
-    """In a new process, since glibc itself keeps more the longer a process runs: it would fault four times here."""
+    """In a new process: glibc raises its thresholds as one runs. Without the call there are 4,000 to 5,200 faults."""
     done = subprocess.run([sys.executable, "-c", PAGE_FAULTS], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 4096
+    assert int(done.stdout) < 100

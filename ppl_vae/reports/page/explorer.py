@@ -104,6 +104,8 @@ def decoder_weights(likelihood: Callable[[Tensor], Distribution]) -> DecoderWeig
         raise ValueError(f"decoder: a page can draw images (1, H, W) or (3, H, W), got event shape {event_shape}")
     layers, modules = [], list(net.layers)  # pairs of a linear map and an activation, in both networks
     for k, (linear, activation) in enumerate(zip(modules[::2], modules[1::2], strict=True)):
+        if isinstance(activation, nn.Sequential):
+            activation = activation[0]  # without the dropout of training
         name = _ACTIVATIONS.get(type(activation))
         if name is None or not isinstance(linear, nn.Linear):
             raise ValueError(

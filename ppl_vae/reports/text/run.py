@@ -300,7 +300,8 @@ def _describe_training(run: Run, step: int) -> str:
         f"Batches of {options.batch_size:,}, Adam from {options.learning_rate:g}, objective {options.objective}, "
         f"beta {options.beta:g}, KL warm-up {options.warmup_epochs:,} epochs.",
         f"Seed {options.seed}: one training, whose numbers say nothing of how others would differ.",
-        f"Kept: the {options.keep} weights; moving average {options.average_decay:g}; precision {options.precision}.",
+        f"Kept: the {options.keep} weights; moving average {options.average_decay:g}; precision {options.precision}; "
+        f"dropout {options.dropout:g}.",
     ]
     if found:
         facts.append(

@@ -240,6 +240,7 @@ def published_short() -> str:
         "iwae_1": "the same, then the bound L_16",
         "vae_gaussian": "dense, N(0, I) prior",
         "vae_flow": "the same with a flow prior",
+        "conv_flow": "convolutions, flow prior",
         "ladder": "ladder of two layers of latents",
         "static_flow": "flow prior, static MNIST",
     }

@@ -164,7 +164,7 @@ def _resume(run: Run, *, epochs: int | None, say: Say, compile: str | None, draw
 def _check_dropout(options: Options) -> None:
     """Raises ValueError under several processes, among which the noise of dropout cannot be divided."""
     if options.dropout and distributed.num_ranks() > 1:
-        raise ValueError(f"--dropout: expected one process, got {distributed.num_ranks()}; torchrun is not for it")
+        raise ValueError(f"--dropout: expected one process, got {distributed.num_ranks()}; start it without torchrun")
 
 
 def _change_option(run: Run, name: str, value: Any) -> Run:

@@ -19,6 +19,7 @@ from ppl_vae.runtime.batching import (
     even_divisor,
     images_per_group,
     images_per_pass,
+    keep_freed_memory,
 )
 from ppl_vae.runtime.capture import compile_function, detach_tensors, replace_tensors
 from ppl_vae.runtime.errors import CannotCapture, NotFinite, check_count
@@ -103,6 +104,8 @@ def evaluate(
     """
     num_particles = check_count("num_particles", num_particles)
     check_support(vae.model, x)
+    if x.device.type == "cpu":
+        keep_freed_memory()
     with seeded(seed, x.device), pyro.validation_enabled(check), evaluation_mode(vae), torch.no_grad():
         size = images_per_group(x, num_particles)
         # The same with and without compiling, so that the noise is the same.

@@ -184,8 +184,8 @@ class _Halve(nn.Conv2d):
 
         sum_k w[k] x[2 m + k - 2] = sum_{d, a} w[2 d + a] s_a[m + d - 1],  d = 0, 1, 2,  w[5] = 0,
 
-    a 3x3 convolution of the four planes s. Its gradient and it took 0.3 to 0.8 times as long on two cores (batches of
-    100 and 128 images of 28x28, 16 to 64 channels). Not measured on a GPU.
+    a 3x3 convolution of the four planes s. Compiled, it and its gradient took 0.3 to 0.9 times as long on two cores
+    (batches of 100 and 128 images of 28x28, 16 to 64 channels). Not measured on a GPU.
     """
 
     def __init__(self, width_in: int, width_out: int) -> None:
@@ -207,7 +207,7 @@ class _Double(nn.ConvTranspose2d):
         y[2 m + a] = sum_d w[a + 2 - 2 d] x[m + d],  d = -1, 0, 1,  w[5] = 0,
 
     a 3x3 convolution to four planes for each, which ``pixel_shuffle`` interleaves. It took 0.3 to 0.5 times as long on
-    two cores, and with its gradient 0.6 to 0.8 times (1 to 4 planes of 28x28). Not measured on a GPU.
+    two cores, and compiled with its gradient 0.6 to 0.8 times (1 to 4 planes of 28x28). Not measured on a GPU.
     """
 
     def __init__(self, width_in: int, width_out: int, *, size: tuple[int, int], bias: bool = True) -> None:

@@ -7,12 +7,10 @@ inside the functions, so that ``capture`` can report what is missing as a reason
 from __future__ import annotations
 
 import ast
-import ctypes
 import gc
 import logging
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import copy_context
@@ -137,21 +135,6 @@ def _options() -> dict[str, bool]:
 
     known = config.get_config_copy()
     return _OPTIONS | {name: value for name, value in _NEWER_OPTIONS.items() if name in known}
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep freed memory in the process, unless the environment has settings of its own for that.
-
-    Blocks below 32 MB then come from the heap, whose free end is returned to the system only above 256 MB. Otherwise
-    each pass of an evaluation may return its memory and fetch it again page by page, with which log p(x) of a dense
-    network took 1.25 times as long. It holds for the whole process, and cannot be undone.
-    """
-    if sys.platform != "linux" or {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & os.environ.keys():
-        return
-    mallopt, trim_threshold, mmap_threshold = getattr(ctypes.CDLL(None), "mallopt", None), -1, -3
-    # Older versions refuse more than 32 MB; with the other threshold alone, every block above 128 kB would be fetched.
-    if mallopt is not None and mallopt(mmap_threshold, 2**25):
-        mallopt(trim_threshold, 2**28)
 
 
 @contextmanager

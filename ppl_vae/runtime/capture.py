@@ -92,8 +92,6 @@ def compile_function(
         merge_equal_operations(graph)
 
     _inductor.silence_cuda_warning()
-    if inputs[0].device.type == "cpu":
-        _inductor.keep_freed_memory()
     try:
         with _inductor.busy_compiler(inputs[0].device):
             run = _inductor.compile_graph(captured, inputs, {aten.addmm.default: _addmm}, rewrite)

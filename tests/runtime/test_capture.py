@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import math
-import os
-import subprocess
-import sys
 
 import pyro
 import pyro.distributions as dist
@@ -336,27 +332,3 @@ def test_products_are_the_same_wherever_they_are_written(tmp_path, monkeypatch):
 
     run = capture.compile_function(function, [a, b])
     assert_close(run([a, b]), tuple(function(a, b)))
-
-
-MAPPED_BLOCKS = """
-import ctypes
-from ppl_vae.runtime import _inductor
-
-class Statistics(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks u f k".split()]
-
-_inductor.keep_freed_memory()
-library = ctypes.CDLL(None)
-library.malloc.argtypes, library.mallinfo2.restype = [ctypes.c_size_t], Statistics
-before = library.mallinfo2().hblks
-library.malloc(20_000_000)
-print(library.mallinfo2().hblks - before)
-"""
-
-
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33")
-@pytest.mark.parametrize(("own_setting", "mapped"), [({}, 0), ({"MALLOC_TRIM_THRESHOLD_": "131072"}, 1)])
-def test_blocks_of_a_pass_come_from_the_heap_unless_the_user_has_settings(own_setting, mapped):
-    """What is mapped by itself is returned to the system when it is freed."""
-    words, environment = [sys.executable, "-c", MAPPED_BLOCKS], os.environ | own_setting
-    assert int(subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout) == mapped

@@ -10,13 +10,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from ppl_vae.parts.convolutions import PixelOutput, ResidualBlock
 from ppl_vae.parts.networks import (
     MLP,
     ConvDecoder,
     ConvEncoder,
     GatedMLP,
-    PixelOutput,
-    ResidualBlock,
     Standardized,
     start_wide,
 )

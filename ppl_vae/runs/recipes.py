@@ -134,6 +134,9 @@ _COMMON = Options(
 # Tomczak and Welling: a rate of 5e-4 throughout, 2,000 epochs at most and no more than 50 without a better validation
 # ELBO, a warm-up of 100, each tensor's gradient divided by its norm, He's start, and no average of the weights.
 _GATED = replace(_COMMON, network="gated", hidden=(300, 300), latent_dim=40, epochs=300)
+# Left-out steps are those of images whose guide lies far off. Left out, they stay far off: after 300 epochs with a
+# limit of 1,000 nearly all of the validation loss was that of a few images.
+_FASHION = replace(_GATED, dataset="fashion-mnist", skip_norm=None, epochs=600)
 
 _CONV = replace(
     _COMMON,
@@ -230,12 +233,12 @@ RECIPES = {
     # validation, here it is the last 10,000; both binarize the test images once, by other draws.
     "fashion_gaussian": Recipe(
         "one layer of 40 latents, N(0, I), two gated layers of 300 each way, Fashion-MNIST",
-        (replace(_GATED, dataset="fashion-mnist"),),
+        (_FASHION,),
         (Published(-228.70, 0.15, f"VAE, Gaussian prior: {_NOROUZI}, Fashion-MNIST"),),
     ),
     "fashion_flow": Recipe(
         "one layer of 40 latents, a flow prior of ten couplings, two gated layers of 300 each way, Fashion-MNIST",
-        _finished_by_dreg(replace(_GATED, dataset="fashion-mnist", prior="flow")),
+        _finished_by_dreg(replace(_FASHION, prior="flow"), epochs=10),
         (
             Published(-227.35, 0.05, f"VAE, VampPrior: {_NOROUZI}, Fashion-MNIST"),
             Published(-226.75, 0.07, f"VAE, Exemplar prior: {_NOROUZI}, Fashion-MNIST"),

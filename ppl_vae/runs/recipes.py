@@ -238,7 +238,7 @@ RECIPES = {
     ),
     "fashion_flow": Recipe(
         "one layer of 40 latents, a flow prior of ten couplings, two gated layers of 300 each way, Fashion-MNIST",
-        _finished_by_dreg(replace(_FASHION, prior="flow"), epochs=10),
+        _finished_by_dreg(replace(_FASHION, prior="flow", epochs=400), epochs=10),
         (
             Published(-227.35, 0.05, f"VAE, VampPrior: {_NOROUZI}, Fashion-MNIST"),
             Published(-226.75, 0.07, f"VAE, Exemplar prior: {_NOROUZI}, Fashion-MNIST"),

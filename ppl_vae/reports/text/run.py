@@ -161,7 +161,32 @@ def describe_training(run: Run, state: TrainingState, speeds: Sequence[float]) -
             f"The weights of step {state.best_step:,} are kept: from then on, training with beta = {options.beta} "
             "lowered the ELBO at beta = 1, by which they are chosen."
         )
-    return lines
+    return lines + describe_few_images(runs.read_metrics(run.folder), _name_criterion(options)[1])
+
+
+def describe_few_images(records: Sequence[Mapping[str, float]], key: str) -> list[str]:
+    """A line if few validation images decide how far the last epoch lies below the best one.
+
+    One image of n that falls by d lowers the mean by d / n, and its standard error becomes about d / n too. So the line
+    is for a fall of more than ten errors of the best epoch that is less than three of its own. Source: ours.
+
+    Args:
+        records: Those of metrics.jsonl.
+        key: What the best weights are chosen by, as ``validation_KEY_nats_per_image``.
+    """
+    name, error = f"validation_{key}_nats_per_image", f"validation_{key}_stderr_nats_per_image"
+    records = [record for record in records if name in record]
+    if not records:
+        return []
+    last, best = records[-1], max(records, key=lambda record: record[name])
+    fall = best[name] - last[name]
+    if not 10 * best[error] < fall < 3 * last[error]:
+        return []
+    return [
+        f"Warning: few validation images decide the last epoch, {last[name]:.2f} ± {last[error]:.2f} nats, {fall:.2f} "
+        "below the best one. The guide is far too wide or far off for them. --scale-map softplus, a smaller "
+        "--learning-rate or no --skip-norm may help."
+    ]
 
 
 # --- The model card ---

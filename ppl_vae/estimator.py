@@ -92,7 +92,7 @@ class VAEDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
         binarization: "none", or "threshold" to make gray black and white under bernoulli.
         image_shape: (H, W) or (H, W, C), for images given as rows of H W C numbers; None: as X is.
         num_particles: S of the bound that is the score.
-        random_state: Of the weights, the noise, and the draws of scores: None, a seed or numpy's RandomState.
+        random_state: The seed of weights, noise, and the draws of scores: None, a seed or numpy's RandomState.
         device: cpu, cuda, cuda:1, ...
 
     Attributes:
@@ -187,22 +187,22 @@ class VAEDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
             warnings.warn(f"X: {words}", stacklevel=2)
         self.likelihood_, self._pixels_ = options.likelihood, choose_pixels(options, splits)
         self._n_features_out = options.latent_dim
-        place = find_device(options.device)
+        device = find_device(options.device)
         stored, transform = data.training_images(splits, self._pixels_)
         validation = None
         if len(splits.validation):
-            validation = data.evaluation_images(splits, "validation", self._pixels_).to(place)
-        with seeded(self.seed_, place):
+            validation = data.evaluation_images(splits, "validation", self._pixels_).to(device)
+        with seeded(self.seed_, device):
             vae = build_vae(options, self.event_shape_).float()  # also where torch makes float64 by default
             initialize_output_bias(vae, data.initialization_images(splits, self._pixels_))
-            fit(vae.to(place), stored, **fit_arguments(options, validation), transform=transform)
+            fit(vae.to(device), stored, **fit_arguments(options, validation), transform=transform)
         self.vae_ = vae
         return self
 
     def score_samples(self, X: ArrayLike) -> np.ndarray:
         """L_S = log (1/S) sum_s p(x, z_s) / q(z_s | x), in expectation below log p(x), for each row.
 
-        The same X gives the same scores, (N,) nats, float64; the draws for a row depend on its place in X.
+        The same X gives the same scores, (N,) nats, float64; the draws for a row depend on its device in X.
 
         Raises:
             ValueError: X has other features than in ``fit``, or values off the likelihood's support.
@@ -240,7 +240,7 @@ class VAEDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
 
         Args:
             n_samples: At least 1; raises ValueError for fewer.
-            random_state: Of the draws; None gives the same draws at every call.
+            random_state: The seed of the draws; None gives the same draws at every call.
         """
         check_is_fitted(self)
         n_samples = check_count("n_samples", n_samples)

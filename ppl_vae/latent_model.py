@@ -217,7 +217,7 @@ class _Runs(nn.Module):
 
     @property
     def names(self) -> list[str]:
-        """Of the continuous latent sites."""
+        """The names of the continuous latent sites."""
         return [site.name for site in self.sites]
 
 
@@ -250,7 +250,7 @@ class _LatentDistribution(TorchDistribution):
     """p(z) or q(z | x) of a program, event (L,).
 
     Args:
-        runs: Of the program.
+        runs: The program's runs.
         part: "model" or "guide".
         batch_shape: (B,) where it depends on images or further tensors, else ().
         x, further: What the program takes.

@@ -12,7 +12,7 @@ class LatentSite(NamedTuple):
     """A continuous latent site, whose values are images of real numbers u.
 
     Args:
-        name: Of the site.
+        name: The site's name.
         to_value: From u to the value.
         real_shape, value_shape: The event shapes of u and of the value.
     """

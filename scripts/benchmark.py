@@ -259,12 +259,7 @@ def evaluation(name: str, x: Tensor, *, num_particles: int, rounds: int) -> dict
         compile_seconds[contestant] = []
         started = time.perf_counter()
         result = evaluate(
-            vae,
-            x,
-            num_particles=num_particles,
-            seed=0,
-            compile=compile,
-            on_compiled=compile_seconds[contestant].append,
+            vae, x, num_particles=num_particles, seed=0, compile=compile, on_compiled=compile_seconds[contestant].append
         )
         estimates[contestant] = result.log_evidence.mean().item()
         return time.perf_counter() - started - sum(compile_seconds[contestant])

@@ -1,8 +1,8 @@
 """The same VAE trained by different programs: what ``benchmark.py`` times. Each takes steps from the same weights.
 
-Every contestant but the floor minimizes E_q[log q(z | x) - log p(x, z)], with one draw of z an image (a sampled KL), by
-Adam with a learning rate of 1e-3, and adds up the loss of its steps. p(z) is a standard Normal or a flow, p(x | z) 784
-Bernoullis and q(z | x) a diagonal Normal. ``Setting`` has other likelihoods, for ppl_vae's own steps alone.
+Every contestant but the floor minimizes E_q[log q(z | x) - log p(x, z)], with one draw of z per image (a sampled KL),
+by Adam with a learning rate of 1e-3, and adds up the loss of its steps. p(z) is a standard Normal or a flow, p(x | z)
+784 Bernoullis and q(z | x) a diagonal Normal. ``Setting`` has other likelihoods, for ppl_vae's own steps alone.
 """
 
 from __future__ import annotations
@@ -264,14 +264,7 @@ def _ppl_vae_steps(
     source = Resident(images, images.device)
     elbo = objectives.autocast(objectives.elbo(), torch.bfloat16) if bf16 else objectives.elbo()
     loss = partial(objectives.loss_per_image, elbo)
-    stepper = kind(
-        state,
-        loss,
-        source,
-        transform,
-        optimizer=Optimizer(clip_norm=CLIP_NORM),
-        **more,
-    )
+    stepper = kind(state, loss, source, transform, optimizer=Optimizer(clip_norm=CLIP_NORM), **more)
     endless = cycle(batches)
 
     def steps(n: int) -> float:

@@ -230,14 +230,7 @@ def steps_on(
     source = Streamed(images, device, size) if streamed else Resident(images, device)
     optimizer = Optimizer(clip_norm=options.clip_norm)
     loss = partial(objectives.loss_per_image, objectives.elbo())
-    stepper = CapturedSteps(
-        state,
-        loss,
-        source,
-        transform,
-        optimizer=optimizer,
-        batch_size=size,
-    )
+    stepper = CapturedSteps(state, loss, source, transform, optimizer=optimizer, batch_size=size)
     generator = torch.Generator().manual_seed(1)
 
     def take(count: int) -> float:

@@ -29,9 +29,7 @@ def images_for(family: Any, num_images: int, *, dtype: torch.dtype = torch.doubl
     """(N, *E) of what the likelihood asks for: zeros and ones, levels, numbers inside (0, 1), or counts."""
     generator = torch.Generator().manual_seed(1)
     u = torch.rand((num_images, *family.event_shape), generator=generator, dtype=torch.double)
-    made = {
-        data.LEVELS: (256 * u).floor(),
-        data.UNIT_INTERVAL: 0.05 + 0.9 * u,
-        data.COUNTS: (20 * u * u).floor(),
-    }.get(family.data_kind, (u < 0.3).double())
+    made = {data.LEVELS: (256 * u).floor(), data.UNIT_INTERVAL: 0.05 + 0.9 * u, data.COUNTS: (20 * u * u).floor()}.get(
+        family.data_kind, (u < 0.3).double()
+    )
     return made.to(dtype)

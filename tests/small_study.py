@@ -13,13 +13,7 @@ from ppl_vae.study.results import StudyNumbers, read_study
 from ppl_vae.study.run import collect
 
 TINY = Size(
-    epochs=1,
-    betas={"bars": (0.1, 1.0, 100.0)},
-    latent_dims=(2,),
-    labels=(20,),
-    images=100,
-    num_particles=10,
-    codes=250,
+    epochs=1, betas={"bars": (0.1, 1.0, 100.0)}, latent_dims=(2,), labels=(20,), images=100, num_particles=10, codes=250
 )
 
 

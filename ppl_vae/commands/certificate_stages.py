@@ -47,7 +47,7 @@ class StageContext:
     """What every stage works with."""
 
     vae: VAE  # on its device, in evaluation mode
-    place: torch.device
+    device: torch.device
     options: Certify
     store: BlockStore  # finished blocks of unfinished stages
     results: StageResults  # complete stages
@@ -115,7 +115,7 @@ class StageContext:
         """One block, compiled unless that is not asked for or has failed."""
 
         def run(compiled: bool) -> Tensors:
-            with seeded(self.block_seed(stage, items.start // block_size), self.place):
+            with seeded(self.block_seed(stage, items.start // block_size), self.device):
                 return compute(items, compiled)
 
         if stage in self._eager:
@@ -144,7 +144,7 @@ def weigh_images(context: StageContext, stage: str, x: Tensor, vae: VAE) -> Impo
 def _weigh(context: StageContext, stage: str, vae: VAE, x: Tensor, number: int, compiled: bool) -> Tensors:
     S = context.options.num_particles
     passes = math.ceil(len(x) * S / pairs_per_pass(vae, x))
-    compile = compiled and decide_compile(context.options.compile, passes, context.place)
+    compile = compiled and decide_compile(context.options.compile, passes, context.device)
     seed = context.block_seed(stage, number)
     return evaluate(vae, x, num_particles=S, seed=seed, compile=compile, say=context.say).to_tensors()
 
@@ -175,7 +175,7 @@ def weigh_images_refined(context: StageContext, stage: str, x: Tensor) -> Import
 def _is_refinement_compiled(context: StageContext, num_images: int, block_size: int) -> bool:
     """Refinement steps are as short as training steps, and there are few of them: compile only if there are enough."""
     steps = _REFINEMENT_STEPS * math.ceil(num_images / block_size)
-    return context.compiles and decide_compile(context.options.compile, steps, context.place)
+    return context.compiles and decide_compile(context.options.compile, steps, context.device)
 
 
 def weigh_fewer_particles(context: StageContext, stage: str, x: Tensor, numbers: list[int]) -> Tensor:
@@ -220,7 +220,7 @@ def anneal_images(context: StageContext, stage: str, x: Tensor, *, temperatures:
 
 def anneal_simulated_images(context: StageContext, stage: str, num_images: int) -> tuple[AISSummary, AISSummary]:
     """Bounds on log p(x) from below and from above, of images that the model makes together with their z."""
-    with seeded(context.block_seed(f"{stage} images", 0), context.place):
+    with seeded(context.block_seed(f"{stage} images", 0), context.device):
         x, z = ais.simulate(context.vae, num_images)
 
     def compute(items: slice, compiled: bool) -> Tensors:

@@ -62,14 +62,14 @@ def certify_run(options: Certify, *, say: Say) -> Certificate:
     check_no_labels(run, "certificate")
     with runs.lock_folder(run.folder), stop_on_signals() as should_stop:
         _check_before_work(run, options)
-        place = find_device(options.device)
-        vae = load_evaluated_vae(run).to(place)
-        plan = _plan(run, vae, replace(options, device=str(place)), say)
+        device = find_device(options.device)
+        vae = load_evaluated_vae(run).to(device)
+        plan = _plan(run, vae, replace(options, device=str(device)), say)
         options = plan.options
         transitions = options.temperatures * options.leapfrogs * math.ceil(len(plan.x) / stages.CHAIN_BLOCK)
-        compiles = decide_compile(options.compile, transitions, place)
+        compiles = decide_compile(options.compile, transitions, device)
         store, results = _open_stores(plan, compiles, say)
-        context = StageContext(vae, place, options, store, results, compiles, say, should_stop)
+        context = StageContext(vae, device, options, store, results, compiles, say, should_stop)
         found, summary = _measure(context, plan)
         seconds = {stage: results.seconds[stage] for stage, _ in _stage_identities(plan)}
         certificate = Certificate(
@@ -196,7 +196,7 @@ def _chain_options(options: Certify) -> JsonObject:
 
 def _measure(context: StageContext, plan: Plan) -> tuple[CertifiedImages, JsonObject]:
     """Run every stage, the quickest first, so that errors show early; the fields of a ``Certificate`` come second."""
-    options, x, S = plan.options, plan.x.to(context.place), plan.options.num_particles
+    options, x, S = plan.options, plan.x.to(context.device), plan.options.num_particles
     plain = stages.weigh_images(context, "importance", x, context.vae)
     ranks = simulated = scored = against = None
     if plan.other is not None:
@@ -204,7 +204,7 @@ def _measure(context: StageContext, plan: Plan) -> tuple[CertifiedImages, JsonOb
         vae = mix_prior_into_guide(context.vae)  # a guide that also covers images unlike the training data
         scored = (
             stages.weigh_images(context, "against own", x, vae).log_evidence,
-            stages.weigh_images(context, "against", other.to(context.place), vae).log_evidence,
+            stages.weigh_images(context, "against", other.to(context.device), vae).log_evidence,
         )
         against = typicality(*scored, dataset=splits.name, num_particles=S)
     if options.simulations:
@@ -218,7 +218,7 @@ def _measure(context: StageContext, plan: Plan) -> tuple[CertifiedImages, JsonOb
     gaps = {}
     for split in plan.gap_splits:
         images = data.evaluation_images(plan.run.splits, split, plan.run.evaluated_pixels)
-        images = images[data.subset(len(images), options.gap_images)].to(context.place)
+        images = images[data.subset(len(images), options.gap_images)].to(context.device)
         log_p_x = stages.anneal_images(context, f"ais {split}", images).bound
         gaps[split] = certificates.summarize_gaps(stages.split_gaps(context, f"gaps {split}", images, log_p_x))
     found = CertifiedImages(plan.index, chains, plain, improved, ranks, scored)

@@ -183,9 +183,9 @@ def _reconstruct(
     run: Run, options: Evaluate, should_stop: Callable[[], bool], say: Say
 ) -> tuple[Evaluation, dict[str, Tensor]]:
     """log p(x | z(x)) of each image; under a density, 8-bit levels become (level + u) / 256 with one draw of u each."""
-    started, place = time.monotonic(), find_device(options.device)
+    started, device = time.monotonic(), find_device(options.device)
     index, x = choose_images(run, run.pixels, options, say)
-    vae, x = load(run.folder).to(place), x.to(place)
+    vae, x = load(run.folder).to(device), x.to(device)
     with _make_bar(len(x), f"log p(x | z), {options.split}") as bar, matmul_precision("float32"):
         try:
             log_p_x_given_z = reconstruction(
@@ -253,10 +253,10 @@ def measure_images(
     Raises ``Stopped`` where the blocks' ``should_stop`` says so, and ValueError where compile is "on", and it is
     impossible.
     """
-    S, place = options.num_particles, find_device(options.device)
-    vae, rows = load_evaluated_vae(run).to(place), _rows_of(run, x.to(place))
+    S, device = options.num_particles, find_device(options.device)
+    vae, rows = load_evaluated_vae(run).to(device), _rows_of(run, x.to(device))
     # Counted over the passes of all ranks and of earlier calls, so that every block is computed in the same way.
-    compiled = decide_compile(compile, math.ceil(len(rows) * S / pairs_per_pass(vae, rows)), place)
+    compiled = decide_compile(compile, math.ceil(len(rows) * S / pairs_per_pass(vae, rows)), device)
     with _make_bar(len(rows), words, sum(map(len, blocks.done.values()))) as bar, matmul_precision("float32"):
         measure = partial(
             evaluate, vae, rows, num_particles=S, seed=options.seed, progress=bar.update, say=say, **blocks._asdict()

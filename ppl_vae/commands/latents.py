@@ -1,4 +1,4 @@
-"""Images of a person under a run: their latents, and their missing pixels; and new images from a run."""
+"""A user's images under a run: their latents, and their missing pixels; and new images from a run."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def encode_images(options: Encode, *, say: Say) -> Path:
     An autoencoder has no density: ``mean`` is z(x), and ``reconstruction``, log p(x | z(x)), is the only other number.
     For dequantized levels both use the same (x + u) / 256.
 
-    An export of a run needs no data for a person's own images. Refuses images with missing pixels, but for a run that
+    An export of a run needs no data for a user's own images. Refuses images with missing pixels, but for a run that
     was trained with ``--missing train``: its numbers are those of the observed pixels.
     """
     is_split = options.images_path in SPLITS
@@ -124,9 +124,9 @@ Encoded = tuple[PosteriorMoments, dict[str, Tensor], Encoding]  # latents, numbe
 
 
 def _evaluate_images(run: Run, given: Images, options: Encode, say: Say) -> Encoded:
-    place, S = find_device(options.device), options.num_particles
-    vae, x = load_evaluated_vae(run).to(place), given.x.to(place)
-    with seeded(options.seed, place):
+    device, S = find_device(options.device), options.num_particles
+    vae, x = load_evaluated_vae(run).to(device), given.x.to(device)
+    with seeded(options.seed, device):
         codes = encode(vae, x)
     result = evaluate_images(run, given.x, options, words=f"log p(x), {Path(given.source).name}", say=say)
     lowest = result.log_evidence.argsort()[:_NUM_LOWEST].tolist()
@@ -142,9 +142,9 @@ def _evaluate_images(run: Run, given: Images, options: Encode, say: Say) -> Enco
 
 
 def _reconstruct_images(run: Run, given: Images, options: Encode, say: Say) -> Encoded:
-    place = find_device(options.device)
-    vae, x = load(run.folder).to(place), given.x.to(place)
-    with seeded(options.seed, place):
+    device = find_device(options.device)
+    vae, x = load(run.folder).to(device), given.x.to(device)
+    with seeded(options.seed, device):
         x = dequantize_uniformly(x) if run.pixels == "dequantized" else x
     with progress_bar(total=len(x), unit="image", desc=f"log p(x | z), {Path(given.source).name}") as bar:
         found = reconstruction(vae, x, seed=options.seed, progress=bar.update).cpu()
@@ -172,8 +172,8 @@ def impute_images(options: Impute, *, say: Say) -> Path:
     run = open_run(options.run_dir, dataset=options.dataset, data_dir=options.data_dir, say=say)
     check_density(run, "p(x_missing | x_observed) to draw from")
     check_no_labels(run, "imputation")
-    place, S = find_device(options.device), options.num_particles
-    vae = load_evaluated_vae(run).to(place)
+    device, S = find_device(options.device), options.num_particles
+    vae = load_evaluated_vae(run).to(device)
     given = load_given_images(run, options.images_path, most=options.images, seed=options.seed)
     if options.mask is not None and options.hide is not None:
         raise ValueError("--hide: expected one of --mask and --hide, got both")
@@ -186,8 +186,8 @@ def impute_images(options: Impute, *, say: Say) -> Path:
     x = torch.where(observed.expand(given.num_found, *event_shape)[given.places], given.x, torch.nan)
     folder = make_output_folder(options.output, run.folder / "imputations")
     title = f"imputing {Path(given.source).name}"
-    with seeded(options.seed, place), progress_bar(total=len(x), unit="image", desc=title) as bar:
-        found = impute(Observed(vae), x.to(place), num_particles=S, num_draws=options.num_draws, progress=bar.update)
+    with seeded(options.seed, device), progress_bar(total=len(x), unit="image", desc=title) as bar:
+        found = impute(Observed(vae), x.to(device), num_particles=S, num_draws=options.num_draws, progress=bar.update)
     result = Imputation(*(values.cpu() for values in vars(found).values()))
     hidden = _estimate_hidden(vae, x, given.x, result, options)
     arrays = {
@@ -338,12 +338,12 @@ def sample_run(options: Sample, *, say: Say) -> Path:
     no data for it.
     """
     run = open_run_or_export(options.run_dir, dataset=options.dataset, data_dir=options.data_dir, say=say)
-    place = find_device(options.device)
-    vae = load_evaluated_vae(run).to(place)
+    device = find_device(options.device)
+    vae = load_evaluated_vae(run).to(device)
     if is_autoencoder(run.options):
         say(f"No samples of a model: these are decoded draws of N(0, I), {NOT_TRAINED_ON_PRIOR}.")
     folder = make_output_folder(options.output, run.folder / "samples")
-    with seeded(options.seed, place):
+    with seeded(options.seed, device):
         drawn, labels = sample_classes(vae, options.num_samples)
         samples = Samples(*(values.cpu() for values in drawn))
     given = "" if labels is None else " | y"

@@ -351,7 +351,7 @@ class Reproduce(_Seeded):
 
 @dataclass(frozen=True)
 class RunStudy(CheckedOptions):
-    """Train and measure 33 models, and report what they show."""
+    """Train and measure some thirty models, and report what they show."""
 
     quick: bool = option(False, "fewer and shorter runs: minutes instead of an hour", BOOLEAN)
     output: str | None = option(None, "the study's folder (default: runs/study, or runs/study-quick)")

@@ -14,12 +14,7 @@ from torch import Tensor
 from ppl_vae import data, runs
 from ppl_vae.commands.options import Diagnose, Export, Figures, Report
 from ppl_vae.diagnostics.likelihood import NoiseSpectrum, measure_noise
-from ppl_vae.diagnostics.measurement import (
-    FEWEST_IMAGES,
-    TrainedWith,
-    measure,
-    summarize_estimate,
-)
+from ppl_vae.diagnostics.measurement import FEWEST_IMAGES, TrainedWith, measure, summarize_estimate
 from ppl_vae.diagnostics.verdicts import verdicts
 from ppl_vae.reports.page.blocks import GENERATOR
 from ppl_vae.reports.page.run import make_page
@@ -55,7 +50,7 @@ def diagnose_run(options: Diagnose, *, say: Say) -> Diagnosis:
     run = open_run(options.run_dir, dataset=options.dataset, data_dir=options.data_dir, say=say)
     check_no_labels(run, "diagnosis")
     with runs.lock_folder(run.folder):
-        place = find_device(options.device)
+        device = find_device(options.device)
         split = choose_split(run) if options.split is None else options.split
         x = data.evaluation_images(run.splits, split, run.pixels, seed=options.seed)
         index = data.subset(len(x), options.images)
@@ -65,14 +60,14 @@ def diagnose_run(options: Diagnose, *, say: Say) -> Diagnosis:
             )
         x, gray = x[index], None
         if run.binarization != "none":
-            gray = data.probabilities(run.splits, split)[index].to(place)
+            gray = data.probabilities(run.splits, split)[index].to(device)
         stored = read_per_image(run.folder, split)
         quality = None
         if stored is not None and stored.num_particles >= _FEWEST_PARTICLES:
             quality = summarize_estimate(stored.result, stored.num_particles)
         numbers = measure(
-            load(run.folder).to(place),
-            x.to(place),
+            load(run.folder).to(device),
+            x.to(device),
             gray=gray,
             noise=_measure_noise(run),
             trained_with=describe_training(run),
@@ -195,8 +190,8 @@ def export_run(options: Export, *, say: Say) -> Path:
     run = open_without_data(find_run_folder(options.run_dir))
     named = Path(hub.get_name(options.run_dir)) if hub.is_address(options.run_dir) else run.folder.resolve()
     folder = Path(options.output) if options.output is not None else Path("exports") / named.name
-    place = folder.resolve()  # where a link points to
-    check_new(place, "--output")
+    target = folder.resolve()  # where a link points to
+    check_new(target, "--output")
     load(run.folder)  # weights that do not fit are found here, and not by whoever gets them
     weights, scalars = runs.load_tensors(run.folder / runs.MODEL)
     step = get_step(run.folder / runs.MODEL, scalars)
@@ -206,7 +201,7 @@ def export_run(options: Export, *, say: Say) -> Path:
     figures = [path.name for path in paths if path.is_file() and path.stat().st_mtime_ns >= drawn_of]
     address = None if options.push is None else hub.SCHEME + options.push
     card = make_card(run, entries, step=step, figures=figures, address=address)
-    partial = place.with_name(f".{place.name}.partial")
+    partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a killed export
     make_folder(partial, "--output")
     try:
@@ -218,7 +213,7 @@ def export_run(options: Export, *, say: Say) -> Path:
         for name in figures:
             (partial / runs.FIGURES).mkdir(exist_ok=True)
             runs.write_bytes(partial / runs.FIGURES / name, (run.folder / runs.FIGURES / name).read_bytes())
-        os.replace(partial, place)
+        os.replace(partial, target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

@@ -27,14 +27,7 @@ from ppl_vae.runs.load import read_config
 from ppl_vae.runs.open import Run, Say, open_run
 from ppl_vae.runs.options import Options
 from ppl_vae.runs.outputs import is_empty, make_parent
-from ppl_vae.runs.resolve import (
-    choose_pixels,
-    describe_scale,
-    find_device,
-    fit_arguments,
-    load_splits,
-    resolve,
-)
+from ppl_vae.runs.resolve import choose_pixels, describe_scale, find_device, fit_arguments, load_splits, resolve
 from ppl_vae.runs.results import PerImage, read_evaluation, read_per_image, to_json
 from ppl_vae.runtime.errors import NotFinite
 from ppl_vae.training import Callbacks, fit

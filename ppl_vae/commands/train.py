@@ -133,7 +133,7 @@ def _resume(run: Run, *, epochs: int | None, say: Say, compile: str | None, draw
     folder, options = run.folder, run.options
     find_device(options.device)
     _check_dropout(options)
-    if run.from_python:
+    if not run.can_resume:
         raise ValueError(f"--resume: expected a run of ppl-vae train, but {folder} was saved from Python, or shipped")
     check_tensorboard(options)
     if epochs is not None and epochs < options.epochs:

@@ -123,14 +123,7 @@ class UserImages(NamedTuple):
     splits: tuple[str, ...] = ()
 
 
-def load_images(
-    path: str,
-    splits: Splits,
-    pixels: str,
-    *,
-    seed: int = 0,
-    fit: str = "crop",
-) -> UserImages:
+def load_images(path: str, splits: Splits, pixels: str, *, seed: int = 0, fit: str = "crop") -> UserImages:
     """Load images as a model that was trained on ``splits`` sees them: (N, *E) float32.
 
     An .npz or .npy file holds (N, *E), (N, H, W) or (N, H, W, C): {0, 1} for binary training data, floats for real

@@ -12,19 +12,14 @@ from torch.distributions import Distribution
 from torch.nn.functional import pad
 
 from ppl_vae.evidence.estimate import Estimate, ratio_of_means
-from ppl_vae.evidence.moments import (
-    PRIOR_DRAWS,
-    factors,
-    mean_or_draw,
-    sample_latents,
-)
+from ppl_vae.evidence.moments import PRIOR_DRAWS, factors, mean_or_draw, sample_latents
 from ppl_vae.protocols import LatentModel
 from ppl_vae.runtime.batching import images_per_pass
 from ppl_vae.runtime.errors import check_count
 from ppl_vae.runtime.global_state import serialize_threads
 from ppl_vae.runtime.records import Data, arguments_of, further_of, images_of
 
-# Cycles a pixel: half of the Nyquist frequency of 1/2. Source: ours.
+# Cycles per pixel: half of the Nyquist frequency of 1/2. Source: ours.
 HIGH_FREQUENCY = 0.25
 
 

@@ -74,7 +74,7 @@ class Coder:
         return (size + self._find_num_together(size) * self.num_particles) * self._words_per_vector + 8
 
     def _find_num_together(self, size: int) -> int:
-        """Of a group's images, how many have their particles popped at once; all would need too many words."""
+        """How many images of a group have their particles popped at once; all would need too many words."""
         fit = _MOST_FLOATS // (16 * self._num_pixels * self.num_particles)
         return max(1, min(size, fit, max(_MOST_IMAGES // self.num_particles, size // 16)))
 

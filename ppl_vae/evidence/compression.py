@@ -53,12 +53,7 @@ def _repeatable(vae: LatentModel) -> Iterator[None]:
 
 
 def compress(
-    vae: LatentModel,
-    x: Tensor,
-    *,
-    num_particles: int = 1,
-    seed: int = 0,
-    progress: Callable[[int], None] | None = None,
+    vae: LatentModel, x: Tensor, *, num_particles: int = 1, seed: int = 0, progress: Callable[[int], None] | None = None
 ) -> Code:
     """Code images so that ``decompress`` gives them back, by bits-back with ANS.
 
@@ -117,13 +112,7 @@ def _compress(coder: Coder, x: Tensor, scale: int, seed: int, progress: Callable
 
 
 def decompress(
-    vae: LatentModel,
-    code: Code,
-    *,
-    event_shape: Sequence[int],
-    largest: int,
-    num_particles: int = 1,
-    seed: int = 0,
+    vae: LatentModel, code: Code, *, event_shape: Sequence[int], largest: int, num_particles: int = 1, seed: int = 0
 ) -> Iterator[Tensor]:
     """Decode the images of ``compress``, group by group: (n, *E) each.
 

@@ -22,7 +22,7 @@ from ppl_vae.runtime.errors import check_count
 from ppl_vae.runtime.global_state import evaluation_mode, serialize_threads
 from ppl_vae.runtime.records import Data, arguments_of
 from ppl_vae.support import check_support
-from ppl_vae.weights import is_deterministic
+from ppl_vae.weights import DeterministicGuide, is_deterministic
 
 _BETA_1, _BETA_2, _EPSILON = 0.9, 0.999, 1e-8  # the defaults of torch.optim.Adam
 _COMPARISON_PARTICLES = 500  # per image, for each of the two q that are compared at the end
@@ -93,7 +93,7 @@ def _start(vae: LatentModel, x: Data, family: DiagonalNormal | FullNormal | None
     """The guide's own features, or the features of ``family`` at the guide's moments."""
     posterior = vae.posterior
     if is_deterministic(posterior(*arguments_of(x[:1]))):
-        raise ValueError("vae: expected a guide with a density, got a deterministic one (Delta)")
+        raise DeterministicGuide("vae: expected a guide with a density, got a deterministic one (Delta)")
     if family is not None:
         found = encode(vae, x)
         return Proposal(family.to(x.device), normal_features(family, found.mean, found.scale), x)

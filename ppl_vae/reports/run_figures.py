@@ -15,10 +15,7 @@ from torch import Tensor
 
 from ppl_vae import data, runs
 from ppl_vae.diagnostics.measurement import Measurements
-from ppl_vae.diagnostics.pictures import (
-    find_principal_directions,
-    latent_quantiles,
-)
+from ppl_vae.diagnostics.pictures import find_principal_directions, latent_quantiles
 from ppl_vae.evidence.importance import gather_log_weights
 from ppl_vae.evidence.moments import PosteriorMoments, encode, mean_or_draw
 from ppl_vae.labels import ConditionalVAE
@@ -119,7 +116,7 @@ def _write(folder: Path, figures: Mapping[str, Figure], say: Say) -> None:
 
 def _has_curves(run: Run) -> bool:
     """Whether there are records of its training."""
-    return not run.from_python or bool(runs.read_metrics(run.folder))
+    return run.can_resume or bool(runs.read_metrics(run.folder))
 
 
 def _has_images(run: Run) -> bool:

@@ -17,14 +17,7 @@ from ppl_vae.evidence.refinement import Gaps
 from ppl_vae.evidence.typicality import Typicality
 from ppl_vae.runs.files import JsonObject, write_json
 from ppl_vae.runs.outputs import describe_environment
-from ppl_vae.runs.results import (
-    ImportanceSummary,
-    Provenance,
-    Quantiles,
-    read_rows,
-    summarize_importance,
-    to_json,
-)
+from ppl_vae.runs.results import ImportanceSummary, Provenance, Quantiles, read_rows, summarize_importance, to_json
 
 CERTIFICATE = "certificate-"  # begins the key of each certificate in evaluation.json; its split follows
 

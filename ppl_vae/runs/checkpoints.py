@@ -112,7 +112,8 @@ Saved = tuple[dict[str, Tensor], JsonObject]
 def find_newest_checkpoint(folder: Path, *, say: Say) -> Saved | None:
     """The newest of the last two training states that is whole; None if there is none yet.
 
-    Raises ValueError if whatever states there are, are damaged. For one that cannot be read now, no older one is taken.
+    Raises ValueError if there are states and all are damaged. If the newest cannot be read now, its OSError is raised
+    and no older one is taken.
     """
     damaged: list[str] = []
     for path in (folder / runs.TRAINING_STATE, folder / runs.PREVIOUS_STATE):

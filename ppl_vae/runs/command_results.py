@@ -139,7 +139,7 @@ class GivenImages(Provenance):
 
 @dataclass(frozen=True, kw_only=True)
 class Encoding(ImportanceSummary, GivenImages):
-    """The latents and log p(x) of a person's images: encoded.json. Nats per image.
+    """The latents and log p(x) of a user's images: encoded.json. Nats per image.
 
     An autoencoder has the reconstruction alone, and None for every other estimate.
     """

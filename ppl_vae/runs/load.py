@@ -30,12 +30,12 @@ PRETRAINED = Path(__file__).parents[1] / "pretrained"
 # --- config.json ---
 
 
-def make_config(options: Options, seen: data.Splits, *, exported: bool = False) -> JsonObject:
+def make_config(options: Options, splits: data.Splits, *, exported: bool = False) -> JsonObject:
     """The content of config.json for these (resolved) options and this data.
 
     An export has the options of the model alone, and its data has a name and no path.
     """
-    described = {"kind": seen.kind, "event_shape": list(seen.event_shape), "sha256": seen.sha256}
+    described = {"kind": splits.kind, "event_shape": list(splits.event_shape), "sha256": splits.sha256}
     if not exported:
         return {"options": to_json(options), "data": described}
     name = options.dataset
@@ -85,17 +85,17 @@ def read_config(run_dir: Path) -> tuple[Options, JsonObject]:
     path = run_dir / runs.CONFIG
     config = runs.read_json(path)
     try:
-        data = config["data"]
-        shape = data["event_shape"]
+        stored = config["data"]
+        shape = stored["event_shape"]
         if not (shape and all(type(size) is int and size > 0 for size in shape)):
             raise ValueError(f"event_shape: expected whole numbers, got {shape}")
         options = read_options(config)
         for name in ("binarization", "warmup_epochs", "dequantization", "prior", "objective"):
             if getattr(options, name) is None:
                 raise ValueError(f"expected {name} as it was resolved, got null")
-        seen = {"kind": data.get("kind"), "sha256": data["sha256"], "event_shape": tuple(shape)}
+        found = {"kind": stored.get("kind"), "sha256": stored["sha256"], "event_shape": tuple(shape)}
         # A folder by ``save`` has "trained": "from Python", a pretrained run "shipped". There is no training to resume.
-        return options, seen | {"can_resume": not is_export(config) and "trained" not in config}
+        return options, found | {"can_resume": not is_export(config) and "trained" not in config}
     except KeyError as error:
         raise ValueError(f"{path}: damaged: missing {error}") from None
     except TypeError:
@@ -170,7 +170,7 @@ def load(run_dir: str | Path) -> VAE:
         OSError: the weights cannot be read now.
     """
     folder = find_run_folder(run_dir)
-    options, seen = read_config(folder)
+    options, config = read_config(folder)
     try:
         weights, _ = runs.load_tensors(folder / runs.MODEL)
     except ValueError as error:
@@ -178,13 +178,13 @@ def load(run_dir: str | Path) -> VAE:
         raise ValueError(f"{error}{cure}") from None
     try:
         # On the meta device first: a damaged config may ask for more weights than the memory holds.
-        expected = build_meta_vae(options, seen["event_shape"])
+        expected = build_meta_vae(options, config["event_shape"])
     except ValueError as error:
         raise ValueError(f"{folder / runs.CONFIG}: {error}") from None
     if not _has_same_shapes(expected, weights):
         raise ValueError(f"{folder / runs.MODEL}: the weights do not fit the run's config: they differ in shape")
     with torch.random.fork_rng(devices=[]):  # fresh weights are drawn, and replaced
-        model = build_vae(options, seen["event_shape"])
+        model = build_vae(options, config["event_shape"])
     model.load_state_dict(weights)
     return model.eval()
 
@@ -213,18 +213,18 @@ def save(trained: VAE, run_dir: str | Path, options: Options, *, metrics: Sequen
     Raises:
         ValueError: before anything is written: options of another VAE, or data off the likelihood's support.
     """
-    seen = load_splits(options)
-    options = resolve(options, seen)
+    splits = load_splits(options)
+    options = resolve(options, splits)
     if not all(type(record.get("step")) is int for record in metrics):
         raise ValueError("metrics: expected records with a whole number under 'step', as fit gives them to on_epoch")
     weights = trained.state_dict()
-    if not _has_same_shapes(build_meta_vae(options, seen.event_shape), weights):
+    if not _has_same_shapes(build_meta_vae(options, splits.event_shape), weights):
         raise ValueError(
             "options: expected those that the VAE was built with, got others (weights differ in shape); a VAE with "
             "parts of your own has none, and torch.save(vae.state_dict(), file) keeps its weights"
         )
     folder = runs.make_run_dir(str(run_dir), dataset=options.dataset, likelihood=options.likelihood)
-    runs.write_json(folder / runs.CONFIG, make_config(options, seen) | {"trained": "from Python"})
+    runs.write_json(folder / runs.CONFIG, make_config(options, splits) | {"trained": "from Python"})
     record_environment(folder, options.device)
     for record in metrics:
         runs.append_metrics(folder, record)

@@ -33,12 +33,12 @@ from ppl_vae.vae import VAE
 
 
 class Run(NamedTuple):
-    """A run folder, its options, its data set, and whether its weights were saved from Python."""
+    """A run folder, its options, its data set, and whether its training can be resumed."""
 
     folder: Path
     options: Options
     splits: data.Splits
-    from_python: bool = False
+    can_resume: bool = True
 
     @property
     def binarization(self) -> str:
@@ -156,7 +156,7 @@ def open_run(
         say: Takes a line about a pretrained run's new folder.
     """
     folder = copy_pretrained(run_dir, say)
-    options, seen = read_config(folder)
+    options, config = read_config(folder)
     # A folder that a config names is never made.
     stored = options.data_dir if options.data_dir is not None and os.path.isdir(options.data_dir) else None
     options = replace(options, dataset=dataset or options.dataset, data_dir=data_dir or stored)
@@ -165,16 +165,17 @@ def open_run(
         raise ValueError(f"{folder}: its data, {options.dataset}, is not there; --dataset says where it is now")
     same = like is not None and data_options(like.options) == data_options(options)
     splits = like.splits if like is not None and same else load_splits(options, download=download)
-    if splits.sha256 != seen["sha256"]:
+    if splits.sha256 != config["sha256"]:
         raise ValueError(
             f"{options.dataset}: expected the data that {folder} was trained on, got other bytes (its SHA-256 differs)"
         )
-    if splits.event_shape != seen["event_shape"]:
+    if splits.event_shape != config["event_shape"]:
         raise ValueError(
-            f"{folder / runs.CONFIG}: damaged: event_shape {seen['event_shape']}, but the data has {splits.event_shape}"
+            f"{folder / runs.CONFIG}: damaged: event_shape {config['event_shape']}, but the data has "
+            f"{splits.event_shape}"
         )
     check_support(options, splits)
-    return Run(folder, options, splits, from_python=not seen["can_resume"])
+    return Run(folder, options, splits, can_resume=config["can_resume"])
 
 
 def open_run_or_export(run_dir: str, *, dataset: str | None, data_dir: str | None, say: Say) -> Run:
@@ -191,25 +192,25 @@ def open_without_data(folder: Path) -> Run:
 
     Raises ValueError for a damaged one.
     """
-    options, seen = read_config(folder)
-    kind = seen["kind"]
+    options, config = read_config(folder)
+    kind = config["kind"]
     if kind not in data.KINDS:
         raise ValueError(
             f"{folder / runs.CONFIG}: damaged: expected a kind of data ({', '.join(data.KINDS)}), got {kind!r}"
         )
     dtype = torch.uint8 if kind in (data.BINARY, data.LEVELS) else torch.float32
-    none = torch.empty((0, *seen["event_shape"]), dtype=dtype)
+    none = torch.empty((0, *config["event_shape"]), dtype=dtype)
     splits = data.Splits(
         name=Path(options.dataset).name,
         kind=kind,
         train=none,
         validation=none,
         test=none,
-        sha256=seen["sha256"],
+        sha256=config["sha256"],
         split="none is here",
         protocol=options.protocol,
     )
-    return Run(folder, options, splits, from_python=not seen["can_resume"])
+    return Run(folder, options, splits, can_resume=config["can_resume"])
 
 
 def check_images(run: Run, source: str, x: Tensor) -> None:

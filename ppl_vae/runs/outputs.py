@@ -187,7 +187,7 @@ def _processor() -> str:
 
 def describe_environment(device: str) -> JsonObject:
     """Versions, device, threads, git commit and whether dirty, argv, time."""
-    # Of the repository that tracks the package's files, not of a project whose .venv they are in.
+    # The commit is that of the repository that tracks the package's files, not of a project whose .venv holds them.
     is_tracked = _git("ls-files", "--error-unmatch", "__init__.py") is not None
     commit = _git("rev-parse", "HEAD") if is_tracked else None
     packages: dict[str, str | None] = {}

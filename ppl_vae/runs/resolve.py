@@ -133,11 +133,11 @@ def count_steps(options: Options, num_images: int) -> int:
     return options.epochs * math.ceil(num_images / options.batch_size)
 
 
-def decide_compile(word: str, num_runs: int, place: torch.device) -> bool:
+def decide_compile(word: str, num_runs: int, device: torch.device) -> bool:
     """Whether a graph that will run this many times is compiled, by the word of --compile."""
     if word == "on":
-        check_compiler(place)
-    return word == "on" or (word == "auto" and num_runs >= _RUNS_THAT_PAY and capture.capture_obstacle(place) is None)
+        check_compiler(device)
+    return word == "on" or (word == "auto" and num_runs >= _RUNS_THAT_PAY and capture.capture_obstacle(device) is None)
 
 
 def explain_eager(options: Options, num_images: int) -> str | None:
@@ -146,26 +146,26 @@ def explain_eager(options: Options, num_images: int) -> str | None:
     return capture.capture_obstacle(find_device(options.device)) if pays else None
 
 
-def check_compiler(place: torch.device) -> None:
+def check_compiler(device: torch.device) -> None:
     """Raise ValueError if nothing can be compiled for that device."""
-    reason = capture.capture_obstacle(place)
+    reason = capture.capture_obstacle(device)
     if reason is not None:
         raise ValueError(f"--compile on: {reason}; --compile off does without")
 
 
 def check_precision(options: Options) -> None:
     """Raise ValueError if the device has no arithmetic of that precision, and would emulate it slowly."""
-    place = find_device(options.device)
-    recent_gpu = place.type == "cuda" and torch.cuda.get_device_capability(place) >= (8, 0)
+    device = find_device(options.device)
+    recent_gpu = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     # Torch says by private names, which a version may lack, whether this CPU multiplies in bf16.
     tests = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    cpu_has_bf16 = place.type == "cpu" and any(test() for test in tests if test is not None)
+    cpu_has_bf16 = device.type == "cpu" and any(test() for test in tests if test is not None)
     if options.precision == "tf32" and not recent_gpu:
-        raise ValueError(f"--precision tf32: expected an NVIDIA GPU since Ampere, got {place}")
+        raise ValueError(f"--precision tf32: expected an NVIDIA GPU since Ampere, got {device}")
     if options.precision == "bf16" and not (recent_gpu or cpu_has_bf16):
         raise ValueError(
             "--precision bf16: expected hardware for it (a CPU with AVX512-BF16 or AMX, or a recent GPU), "
-            f"got {place} without"
+            f"got {device} without"
         )
 
 
@@ -197,16 +197,16 @@ def find_device(word: str) -> torch.device:
     return found
 
 
-def resolve(options: Options, seen: data.Splits) -> Options:
+def resolve(options: Options, splits: data.Splits) -> Options:
     """The options with every default filled in that depends on others or on the data, and with absolute paths.
 
     Raises ValueError for options at odds with the data, with each other, or with this machine.
     """
     options = resolve_parts(options)
-    options = replace(options, classes=resolve_classes(options, seen))
-    family = build_likelihood(options, seen.event_shape)
+    options = replace(options, classes=resolve_classes(options, splits))
+    family = build_likelihood(options, splits.event_shape)
     default = "dynamic" if family.data_kind == data.BINARY else "none"
-    found = data.resolve_binarization(seen, options.binarization, default=default)
+    found = data.resolve_binarization(splits, options.binarization, default=default)
     if options.protocol == "iwae" and found != "dynamic":
         raise ValueError(f"--protocol iwae: expected --binarization dynamic, which it is a protocol of, got {found}")
     warmup = options.warmup_epochs
@@ -216,12 +216,12 @@ def resolve(options: Options, seen: data.Splits) -> Options:
     check_precision(options)
     check_parts(options)
     check_objective(options)
-    compiled = decide_compile(options.compile, count_steps(options, len(seen.train)), find_device(options.device))
+    compiled = decide_compile(options.compile, count_steps(options, len(splits.train)), find_device(options.device))
     resolved = replace(
         options,
         compile="on" if compiled else "off",
         binarization=found,
-        dequantization=_resolve_dequantization(options, seen, found, family.measure),
+        dequantization=_resolve_dequantization(options, splits, found, family.measure),
         warmup_epochs=warmup,
         device=str(find_device(options.device)),
         keep=options.keep or ("best" if options.beta == 1 or is_autoencoder(options) else "last"),
@@ -229,11 +229,11 @@ def resolve(options: Options, seen: data.Splits) -> Options:
         data_dir=str(Path(options.data_dir).resolve()) if options.data_dir else None,
         start_from=str(Path(options.start_from).resolve()) if options.start_from else None,
     )
-    check_support(resolved, seen)
+    check_support(resolved, splits)
     return resolved
 
 
-def resolve_classes(options: Options, seen: data.Splits) -> int | None:
+def resolve_classes(options: Options, splits: data.Splits) -> int | None:
     """The number of classes K of the labels that the model takes; None for a model without labels.
 
     Raises ValueError for images without a label, and for labels that are not 0 to K - 1, each with a training image.
@@ -241,31 +241,34 @@ def resolve_classes(options: Options, seen: data.Splits) -> int | None:
     if options.condition == "none":
         return options.classes
     for split in data.SPLITS:
-        if len(getattr(seen, split)) and split not in seen.labels:
-            raise ValueError(f"--condition labels: expected a label of each image, got none for {split} of {seen.name}")
-    found = {split: y.unique().tolist() for split, y in seen.labels.items()}
+        if len(getattr(splits, split)) and split not in splits.labels:
+            raise ValueError(
+                f"--condition labels: expected a label of each image, got none for {split} of {splits.name}"
+            )
+    found = {split: y.unique().tolist() for split, y in splits.labels.items()}
     K = options.classes or len(found["train"])
     if found["train"] != list(range(K)):
         words = f"{len(found['train'])} labels from {found['train'][0]} to {found['train'][-1]}"
         raise ValueError(
-            f"--condition labels: expected training images of each class from 0 to {K - 1}, got {words} in {seen.name}"
+            f"--condition labels: expected training images of each class from 0 to {K - 1}, got {words} in "
+            f"{splits.name}"
         )
     for split, labels in found.items():
         if unknown := [y for y in labels if not 0 <= y < K]:
             raise ValueError(f"--condition labels: expected classes from 0 to {K - 1}, got {unknown[0]} in {split}")
     if options.labels is not None:
         try:
-            data.keep_labels(seen.labels["train"], options.labels, seed=options.seed)
+            data.keep_labels(splits.labels["train"], options.labels, seed=options.seed)
         except ValueError as error:
             raise ValueError(f"--labels: {str(error).removeprefix('number: ')}") from None
     return K
 
 
-def _resolve_dequantization(options: Options, seen: data.Splits, binarization: str, measure: str) -> str:
-    if seen.kind == data.LEVELS and binarization == "none" and measure == "density":
+def _resolve_dequantization(options: Options, splits: data.Splits, binarization: str, measure: str) -> str:
+    if splits.kind == data.LEVELS and binarization == "none" and measure == "density":
         return options.dequantization or "uniform"
     if options.dequantization == "uniform":
-        kind = seen.kind if binarization == "none" else data.BINARY
+        kind = splits.kind if binarization == "none" else data.BINARY
         raise ValueError(
             f"--dequantization: expected none for a {measure} of {kind}, got uniform: it makes 8-bit levels "
             "fit for a density"
@@ -284,45 +287,45 @@ def load_splits(options: Options, *, download: bool = True) -> data.Splits:
     return data.load(**data_options(options), download=download)
 
 
-def choose_pixels(options: Options, seen: data.Splits) -> str:
+def choose_pixels(options: Options, splits: data.Splits) -> str:
     """How training sees pixels, a word of ``data.PIXELS``. The options are resolved."""
     assert options.binarization is not None
-    if options.binarization != "none" or seen.kind != data.LEVELS:
+    if options.binarization != "none" or splits.kind != data.LEVELS:
         return options.binarization
     if options.dequantization == "uniform":
         return "dequantized"
-    return "levels" if build_likelihood(options, seen.event_shape).data_kind in (data.LEVELS, data.COUNTS) else "none"
+    return "levels" if build_likelihood(options, splits.event_shape).data_kind in (data.LEVELS, data.COUNTS) else "none"
 
 
-def choose_evaluated_pixels(options: Options, seen: data.Splits) -> str:
+def choose_evaluated_pixels(options: Options, splits: data.Splits) -> str:
     """How an evaluation sees pixels: as training does, except that dequantized levels are evaluated by their mass."""
-    word = choose_pixels(options, seen)
+    word = choose_pixels(options, splits)
     return "levels" if word == "dequantized" else word
 
 
-def describe_scale(options: Options, seen: data.Splits) -> str:
+def describe_scale(options: Options, splits: data.Splits) -> str:
     """What the reported nats measure. Numbers on different scales are never compared."""
-    word = choose_evaluated_pixels(options, seen)
+    word = choose_evaluated_pixels(options, splits)
     if word == "levels":
         return "mass of 8-bit levels"
-    measure = build_likelihood(options, seen.event_shape).measure
-    if word != "none" or seen.kind == data.BINARY:
+    measure = build_likelihood(options, splits.event_shape).measure
+    if word != "none" or splits.kind == data.BINARY:
         return f"{measure} of binary pixels"
-    if seen.kind == data.LEVELS:
+    if splits.kind == data.LEVELS:
         return f"{measure} of level / 255"
-    return f"{measure} of {seen.kind}"
+    return f"{measure} of {splits.kind}"
 
 
 _LEAST_SPREAD = 1e-15  # of real pixels: a density squares deviations and scales, in float32
 
 
-def check_support(options: Options, seen: data.Splits) -> None:
+def check_support(options: Options, splits: data.Splits) -> None:
     """Checks that the data, as the model sees it, is on the likelihood's support. The options are resolved.
 
     Raises ValueError for pixels off the support, for zeros and ones under anything that asks for gray or real pixels,
     and, for a density, for one image again and again.
     """
-    family = build_likelihood(options, seen.event_shape)
+    family = build_likelihood(options, splits.event_shape)
     word = f"--likelihood {options.likelihood}"
     if options.binarization != "none":
         if family.data_kind != data.BINARY:
@@ -331,23 +334,25 @@ def check_support(options: Options, seen: data.Splits) -> None:
                 f"of {family.data_kind}, and has no use for pixels that were made zeros and ones"
             )
         return
-    if family.data_kind == data.LEVELS and seen.kind != data.LEVELS:
-        raise ValueError(f"{word}: expected {data.LEVELS} (uint8, or pictures), got {seen.kind}; {_cure(seen, family)}")
-    if family.data_kind == data.UNIT_INTERVAL and seen.kind == data.BINARY:
+    if family.data_kind == data.LEVELS and splits.kind != data.LEVELS:
+        raise ValueError(
+            f"{word}: expected {data.LEVELS} (uint8, or pictures), got {splits.kind}; {_cure(splits, family)}"
+        )
+    if family.data_kind == data.UNIT_INTERVAL and splits.kind == data.BINARY:
         raise ValueError(f"{word}: expected {data.UNIT_INTERVAL}, got zeros and ones, which no density is of")
     # Levels are on the support of whatever takes levels, and dequantized ones are between 0 and 1.
-    for split in ("train", "validation", "test") if choose_pixels(options, seen) == "none" else ():
-        seen_by_model = data.probabilities(seen, split)
+    for split in ("train", "validation", "test") if choose_pixels(options, splits) == "none" else ():
+        seen_by_model = data.probabilities(splits, split)
         parts = (part[~part.isnan()] for part in seen_by_model.split(1000))
         if not all(bool(family.support.check(part).all()) for part in parts):
             raise ValueError(
-                f"{word}: expected pixels that are {family.support_words}, got {seen.kind} in {split}; "
-                f"{_cure(seen, family)}"
+                f"{word}: expected pixels that are {family.support_words}, got {splits.kind} in {split}; "
+                f"{_cure(splits, family)}"
             )
     if family.measure == "density":
-        spread = seen.spread
+        spread = splits.spread
         if spread == 0:
-            raise ValueError(f"{word}: expected training images that differ, got {len(seen.train):,} of one image")
+            raise ValueError(f"{word}: expected training images that differ, got {len(splits.train):,} of one image")
         if not _LEAST_SPREAD <= spread <= 1 / _LEAST_SPREAD:
             raise ValueError(
                 f"{word}: expected pixels that spread by {_LEAST_SPREAD:g} to {1 / _LEAST_SPREAD:g}, got "
@@ -355,9 +360,9 @@ def check_support(options: Options, seen: data.Splits) -> None:
             )
 
 
-def _cure(seen: data.Splits, family: Likelihood) -> str:
+def _cure(splits: data.Splits, family: Likelihood) -> str:
     """What the user can do about data that does not fit the likelihood."""
-    if family.data_kind == data.BINARY and seen.kind in (data.LEVELS, data.PROBABILITIES):
+    if family.data_kind == data.BINARY and splits.kind in (data.LEVELS, data.PROBABILITIES):
         return "another --binarization makes them so"
     if isinstance(family, likelihoods.Logit):
         return "--transform none takes them"
@@ -368,6 +373,6 @@ def _cure(seen: data.Splits, family: Likelihood) -> str:
         data.REAL: "--likelihood normal takes them",
         data.COUNTS: "--likelihood negative-binomial takes them",
     }
-    is_bytes = seen.kind == data.COUNTS and seen.train.max() <= 255 and family.data_kind == data.LEVELS
+    is_bytes = splits.kind == data.COUNTS and splits.train.max() <= 255 and family.data_kind == data.LEVELS
     as_bytes = "; saved as uint8 they are 8-bit levels" if is_bytes else ""
-    return cures[seen.kind] + as_bytes
+    return cures[splits.kind] + as_bytes

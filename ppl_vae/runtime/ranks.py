@@ -36,18 +36,18 @@ def join(device: str) -> torch.device:
     Under torchrun "cuda" means one GPU per process, cuda:LOCAL_RANK; a ValueError refuses several processes on one GPU.
     A second call changes nothing.
     """
-    place = torch.device(device)
+    own = torch.device(device)
     if not _has_other_processes():
-        return place
-    if place.type == "cuda":
-        place = _own_gpu(place)
-        torch.cuda.set_device(place)
+        return own
+    if own.type == "cuda":
+        own = _own_gpu(own)
+        torch.cuda.set_device(own)
     if not dist.is_initialized():
         # NCCL is named wherever it exists: a resumed run joins before its device is known. NCCL starts at first use.
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
         with _connection_errors():
             dist.init_process_group(backend, timeout=TIMEOUT)
-    return place
+    return own
 
 
 def leave() -> None:
@@ -235,15 +235,17 @@ def _is_joined() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def _own_gpu(place: torch.device) -> torch.device:
+def _own_gpu(device: torch.device) -> torch.device:
     local, num_here = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if place.index is not None and num_here > 1:
-        raise ValueError(f"--device {place}: expected cuda, one GPU for each of {num_here} processes here, got one GPU")
-    if place.index is None and num_here > torch.cuda.device_count():
+    if device.index is not None and num_here > 1:
+        raise ValueError(
+            f"--device {device}: expected cuda, one GPU for each of {num_here} processes here, got one GPU"
+        )
+    if device.index is None and num_here > torch.cuda.device_count():
         raise ValueError(
             f"--nproc-per-node: expected at most one process per GPU, {torch.cuda.device_count()} here, got {num_here}"
         )
-    return place if place.index is not None else torch.device("cuda", local)
+    return device if device.index is not None else torch.device("cuda", local)
 
 
 @contextmanager

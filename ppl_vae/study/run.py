@@ -55,7 +55,7 @@ def collect(
 
     Args:
         size: How much.
-        datasets: Names of data sets, or paths of a person's own images; the first has all parts.
+        datasets: Names of data sets, or paths of a user's own images; the first has all parts.
         name: The name of the size.
         output: The study's folder.
         say: Takes each line for the reader.

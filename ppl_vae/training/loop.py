@@ -72,8 +72,9 @@ def fit(
     beta = 0 this trains a plain autoencoder, and the best weights have the highest reconstruction log p(x | z(x)).
 
     If the likelihood's ``family`` has a method ``refit(h, x)``, every tenth step gives it a batch to fit.
-    Values are checked against supports in the first epoch, or before it with ``compile`` or ``skip_norm``. Seed torch's
-    global generator (``pyro.set_rng_seed``) before the program is built: its weights and all noise come from there.
+    Values are checked against supports in the first epoch, or before it with ``compile``, ``skip_norm`` or several
+    ranks. Seed torch's global generator (``pyro.set_rng_seed``) before the program is built: its weights and all noise
+    come from there.
 
     Under several ranks each calls this with the same arguments. They share the images of each batch, and train as one
     process would, to rounding. Noise may then be drawn at sample sites and by ``transform`` alone.

@@ -1,6 +1,6 @@
 """The steps of an epoch, on resident or streamed images: eager or compiled; by one process or by several ranks.
 
-Of a batch of B images rank r takes B_r, and the gradient is sum_r (B_r / B) grad_r: one sum over the ranks per step,
+Rank r takes B_r images of a batch of B, and the gradient is sum_r (B_r / B) grad_r: one sum over the ranks per step,
 which also carries the loss and the ranks' requests. Everything that follows from it is computed on every rank alike.
 """
 

@@ -253,8 +253,7 @@ def _constant(bounds, rise):
 
 
 @pytest.mark.parametrize(
-    ("rise", "ranked", "words"),
-    [(0.1, True, "log p(x) ranks so too"), (5.0, False, "more --num-particles say more")],
+    ("rise", "ranked", "words"), [(0.1, True, "log p(x) ranks so too"), (5.0, False, "more --num-particles say more")]
 )
 def test_a_difference_below_the_rise_ranks_the_bounds_alone(folders, tmp_path, monkeypatch, rise, ranked, words):
     """The second run is 2 ± 0.01 nats above the first."""

@@ -206,7 +206,7 @@ CONV = "--hidden 8 --channels 3 4 --latent-dim 3"
 PLAIN = "--objective elbo --initialization shrinking --decay-start 0 --average-decay 0"
 TRAIN_LEVELS = {
     "gated logistic-mixture flow stl average": f"{SMALL} --network gated --likelihood discretized-logistic-mixture "
-    f"{FLOW_PRIOR} --objective stl --average-decay 0.9",
+    f"{FLOW_PRIOR} --objective stl --average-decay 0.9"
 }
 TRAININGS = {
     "mlp bernoulli hierarchy free-bits warm-up": f"{SMALL} {TOP_DOWN} --objective free-bits --beta 2 --warmup-epochs 4",

@@ -11,14 +11,7 @@ import torch
 from torch.testing import assert_close
 
 from ppl_vae.parts.convolutions import PixelOutput, ResidualBlock
-from ppl_vae.parts.networks import (
-    MLP,
-    ConvDecoder,
-    ConvEncoder,
-    GatedMLP,
-    Standardized,
-    start_wide,
-)
+from ppl_vae.parts.networks import MLP, ConvDecoder, ConvEncoder, GatedMLP, Standardized, start_wide
 from ppl_vae.parts.registry import NETWORKS
 
 SIZES = {"channels": (3, 4), "hidden": (6, 5)}

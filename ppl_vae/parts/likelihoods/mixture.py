@@ -48,12 +48,7 @@ class ColorLogisticMixture(dist.TorchDistribution):
     support = constraints.independent(LEVELS, 3)
 
     def __init__(
-        self,
-        logits: Tensor,
-        locs: Tensor,
-        log_scales: Tensor,
-        coefficients: Tensor,
-        observed: Tensor | None = None,
+        self, logits: Tensor, locs: Tensor, log_scales: Tensor, coefficients: Tensor, observed: Tensor | None = None
     ) -> None:
         self.observed = observed
         self.logits, self.locs, self.log_scales, self.coefficients = logits, locs, log_scales, coefficients

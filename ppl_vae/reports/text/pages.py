@@ -141,7 +141,7 @@ def describe_setup(run: Run, step: int) -> str:
     """The data of a run, and where its weights are from."""
     words = f"{run.splits.describe()}\n\nThe weights are those of step {step:,}; its folder is `{run.folder}`."
     return words + (
-        " It was trained from Python, or shipped with the package, and cannot be resumed." if run.from_python else ""
+        " It was trained from Python, or shipped with the package, and cannot be resumed." if not run.can_resume else ""
     )
 
 

@@ -312,7 +312,7 @@ def _describe_training(run: Run, step: int) -> str:
     if is_export(runs.read_json(run.folder / runs.CONFIG)):
         return f"Not in the files of an export, except for the step of the weights: {step:,}."
     options, facts = run.options, [f"Weights of step {step:,}."]
-    if run.from_python:
+    if not run.can_resume:
         facts.append(
             "Trained from Python, or shipped with the package, without a record of the training. What follows are "
             "the options in config.json; nothing confirms that the training used them."

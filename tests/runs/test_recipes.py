@@ -24,6 +24,7 @@ PRINTED = {
     "vae_flow_wide": [(82.43, 0.06), (82.09, 0.18), (78.61, None)],
     "ladder": [(81.22, 0.05), (81.20, None)],
     "static_flow": [(85.57, None), (80.09, None)],
+    "caltech_conv": [(97.6, None)],
     "fashion_gaussian": [(228.70, 0.15)],
     "fashion_flow": [(227.35, 0.05), (226.75, 0.07)],
 }
@@ -39,6 +40,7 @@ TRAINED = {
     "vae_flow_wide": _LEARNED,
     "ladder": [("flow", "stl"), ("flow", "iwae")],
     "static_flow": _LEARNED,
+    "caltech_conv": _LEARNED,
     "fashion_gaussian": [("standard-normal", "stl")],
     "fashion_flow": _LEARNED,
 }

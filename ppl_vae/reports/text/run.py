@@ -184,8 +184,8 @@ def describe_few_images(records: Sequence[Mapping[str, float]], key: str) -> lis
         return []
     return [
         f"Warning: few validation images decide the last epoch, {last[name]:.2f} ± {last[error]:.2f} nats, {fall:.2f} "
-        "below the best one. The guide is far too wide or far off for them. --scale-map softplus, a smaller "
-        "--learning-rate or no --skip-norm may help."
+        "below the best one. The guide is far too wide or far off for them. A smaller --learning-rate may help, or no "
+        "--skip-norm, with which such images are never learned."
     ]
 
 

@@ -35,19 +35,10 @@ class Visit:
         browser: Playwright's.
         path: of the HTML file.
         width: of the window, pixels.
-        scheme: "light" or "dark", the colors that the reader prefers.
-        runs_scripts: as browsers do unless they are told not to.
     """
 
-    def __init__(
-        self, browser: Any, path: Path, *, width: int = 1200, scheme: str = "light", runs_scripts: bool = True
-    ) -> None:
-        self.context = browser.new_context(
-            viewport={"width": width, "height": 900},
-            color_scheme=scheme,
-            has_touch=True,
-            java_script_enabled=runs_scripts,
-        )
+    def __init__(self, browser: Any, path: Path, *, width: int = 1200) -> None:
+        self.context = browser.new_context(viewport={"width": width, "height": 900}, has_touch=True)
         self.tab = self.context.new_page()
         self.requests: list[str] = []
         self.complaints: list[str] = []

@@ -56,7 +56,6 @@ class Reader(NamedTuple):
     read: Callable[[Path], object]
     damages: tuple[Callable[[random.Random, bytes], bytes], ...] = ()
     weight: int = 1
-    names_the_file: bool = True
     refuses_all: bool = False  # even its seeds
 
 
@@ -362,20 +361,17 @@ def fault(reader: Reader, path: Path, said: io.StringIO) -> str | None:
         except ValueError as error:
             if memory_was_short(error):
                 return f"memory beyond the limit, then: {error}"
-            if type(error) is not ValueError and not isinstance(error, tuple(DOCUMENTED)):
+            if type(error) is not ValueError:
                 return f"{type(error).__name__}: {error}"
             if not str(error) or "\n" in str(error):
                 return f"not one line: {str(error)!r}"
-            if reader.names_the_file and not names_a_file(str(error)):
+            if not names_a_file(str(error)):
                 return f"does not name the file: {error}"
         except BaseException as error:
             return f"{type(error).__name__}: {error}"
     if len(caught) > MOST_WARNINGS:
         return f"{len(caught)} warnings, such as {caught[0].message}"
     return None
-
-
-DOCUMENTED: list[type[ValueError]] = []
 
 
 def names_a_file(words: str) -> bool:

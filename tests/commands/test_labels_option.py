@@ -102,12 +102,6 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(short, place):
     assert_same_numbers(place / "killed", short)
 
 
-def test_a_streamed_training_has_the_same_weights(short, place):
-    streamed = train_small(place / "streamed", replace(SHORT, dataset=str(place / "bars.npz"), stream="on"))
-    one, expected = (runs.load_tensors(folder / runs.MODEL)[0] for folder in (streamed, short))
-    assert all(torch.equal(one[key], expected[key]) for key in expected)
-
-
 def test_levels_under_a_density_are_evaluated_by_their_mass(tmp_path):
     generator = np.random.default_rng(0)
     y = np.arange(60) % 2

@@ -242,16 +242,6 @@ def same_as_uninterrupted(folder: Path, whole: Path) -> None:
         np.testing.assert_array_equal(pictures(folder)[name], pictures(whole)[name], err_msg=name)
 
 
-@pytest.mark.thorough
-def test_a_run_killed_before_its_first_checkpoint_starts_from_step_0(first, copy, run):
-    for path in copy.iterdir():
-        if path.name not in ("config.json", "environment.json"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    done = run(TRAIN, "--resume", copy)
-    assert (done.code, done.said, "Going on" in done.out) == (0, [], False)
-    same_as_uninterrupted(copy, first[0])
-
-
 LEARNS = [*PLAIN_WORDS, "--hidden", "16", "--latent-dim", "2", "--epochs", "2", "--warmup-epochs", "0"]
 LEARNS += ["--learning-rate", "0.02"]
 
@@ -337,23 +327,6 @@ def set_data(name: str, value: Any) -> Callable[[Path], None]:
     return lambda folder: change_json(folder / "config.json", lambda config: config["data"].update({name: value}))
 
 
-def drop(*keys: str) -> Callable[[Path], None]:
-    def change(config: Any) -> None:
-        for key in keys[:-1]:
-            config = config[key]
-        del config[keys[-1]]
-
-    return lambda folder: change_json(folder / "config.json", change)
-
-
-def to_both_states(damage: Callable[[str], Callable[[Path], Any]]) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        for name in ("training_state.safetensors", "training_state.previous.safetensors"):
-            damage(name)(folder)
-
-    return change
-
-
 RESUME = "train_svi.py --resume"
 EVERY = (EVALUATE, FIGURES, RESUME)
 BAD_RUNS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...], str]] = {
@@ -365,7 +338,6 @@ BAD_RUNS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...], str]] = {
     "a wrong event shape": (set_data("event_shape", [784]), (EVALUATE, FIGURES), r"(?i)shape"),
     "no weights yet": (remove("model.safetensors"), (EVALUATE, FIGURES), r"the run in .* has no weights yet"),
     "truncated weights": (truncate("model.safetensors"), (EVALUATE, FIGURES), r"model\.safetensors: damaged"),
-    "truncated states": (to_both_states(truncate), (RESUME,), r"training_state\.safetensors: damaged"),
     "evaluation damaged": (write("evaluation.json", "{"), (EVALUATE, RESUME), r"evaluation\.json: damaged: not JSON"),
     "evaluation a list": (write("evaluation.json", "[]"), (EVALUATE, RESUME), r"evaluation\.json: damaged: .* list"),
     "damaged metrics": (

@@ -79,6 +79,15 @@ def test_a_number_that_is_not_finite_on_one_rank_ends_all_of_them(ranks):
         assert ends["not finite"] == ("NotFinite" if rank == 1 else "EndedElsewhere")
 
 
+def test_a_stop_on_one_rank_stops_all_and_the_finished_blocks_are_taken_up(ranks):
+    assert {ends["stopped"] for _, ends in ranks.values()} == {"Stopped"}
+
+
+def test_a_block_that_cannot_be_kept_on_one_rank_ends_all_of_them(ranks):
+    for (_, rank), (_, ends) in ranks.items():
+        assert ends["not kept"] == ("OSError" if rank == 0 else "EndedElsewhere")
+
+
 @pytest.mark.slow
 def test_the_script_under_torchrun_writes_what_it_writes_alone(tmp_path):
     options = ("--images", "15", "--num-particles", "30", "--compile", "off")

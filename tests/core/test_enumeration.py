@@ -10,7 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from oracles import LinearGaussian
-from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, config_enumerate
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from torch import nn
 from torch.distributions import MultivariateNormal
 from torch.nn.functional import one_hot
@@ -324,20 +324,6 @@ def test_training_reaches_the_mixture_that_made_the_data():
     fit(trained, x, epochs=30, optimizer=Optimizer(learning_rate=0.02), objective=IWAE(5))
     gap = truth.log_evidence(held_out) - trained.log_evidence(held_out)
     assert abs(gap.mean().item()) < 0.1
-
-
-def test_the_enumerated_elbo_is_a_pyro_loss_for_svi_too():
-    mixture = Amortized()
-    x = mixture.draw(10)
-    pyro.clear_param_store()
-
-    def model(x):
-        pyro.module("mixture", mixture)
-        mixture.model(x)
-
-    svi = SVI(model, mixture.guide, pyro.optim.Adam({"lr": 0.01}), EnumeratedELBO())
-    first = sum(svi.step(x) for _ in range(5))
-    assert sum(svi.step(x) for _ in range(100)) / 20 < first
 
 
 # --- What is refused ---

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributions import MultivariateNormal, constraints
 from torch.testing import assert_close
 
-from ppl_vae import PyroProgram, Records, fit, importance, log_evidence, log_weights
+from ppl_vae import PyroProgram, Records, fit, importance, log_evidence
 from ppl_vae.evidence import ais, proposals, refinement
 from ppl_vae.evidence.evaluation import evaluate
 from ppl_vae.evidence.guide_calibration import compute_ranks
@@ -229,12 +229,6 @@ class TwoSites(nn.Module):
     def log_evidence(self, x):
         noise = self.s**2 * torch.eye(D).double()
         return MultivariateNormal(torch.zeros(D).double(), self.W @ self.covariance() @ self.W.T + noise).log_prob(x)
-
-
-def test_weights_of_two_sites_are_the_evidence_under_their_exact_guide():
-    program, x = TwoSites(), images(6)
-    log_w = log_weights(program.model, program.guide, x, 4)
-    assert_close(log_w, program.log_evidence(x).expand(4, 6), rtol=0, atol=1e-9)
 
 
 # --- An argument per image ---

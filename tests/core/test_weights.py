@@ -29,13 +29,6 @@ def test_weights_of_the_exact_posterior_are_the_evidence_with_zero_variance(orac
     assert_close(log_w, oracle.log_evidence(x).expand(num_particles, num_images), rtol=1e-9, atol=0)
 
 
-def test_weights_of_a_batch_are_those_of_its_images_one_by_one(oracle):
-    vae, x = oracle.vae(), oracle.draw(8)
-    together = log_weights(vae.model, vae.guide, x, 3)
-    alone = torch.cat([log_weights(vae.model, vae.guide, image[None], 3) for image in x], dim=1)
-    assert_close(together, alone, rtol=1e-9, atol=0)
-
-
 def test_weights_are_the_densities_of_the_draws_written_out(oracle):
     vae, x = oracle.vae(widen=1.3, shift=0.4), oracle.draw(4)
     torch.manual_seed(0)

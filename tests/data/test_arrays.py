@@ -48,12 +48,6 @@ def load(folder: Path, array: np.ndarray | None = None, **arrays: np.ndarray) ->
     return data.load(str(path))
 
 
-def sort_images(splits: data.Splits) -> np.ndarray:
-    """All images, in the order of their bytes."""
-    images = np.concatenate([splits.train, splits.validation, splits.test])
-    return images[np.lexsort(images.reshape(len(images), -1).T)]
-
-
 def number_images(start: int, stop: int) -> np.ndarray:
     """(N, 1) images that can be told apart: image i is the probability (i + 1) / 1024, exact in float32."""
     return (np.arange(start, stop)[:, None] + 1) / 1024

@@ -243,39 +243,6 @@ def test_values_are_those_of_the_log_weights_that_are_reported(oracle, num_parti
         assert loss.item() == pytest.approx(expected[name], rel=1e-12)
 
 
-@pytest.mark.parametrize("beta", BETAS)
-def test_stl_has_the_value_of_the_elbo_whatever_beta(oracle, beta):
-    vae, x = oracle.vae(widen=1.3, shift=0.4), oracle.draw(5)
-    losses = []
-    for objective in (per_image.elbo, per_image.stl):
-        torch.manual_seed(0)
-        losses.append(objective(vae.model, vae.guide, x, beta=beta, num_particles=3))
-    assert_close(*losses, rtol=1e-12, atol=0)
-
-
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_images_do_not_touch_each_other(oracle, objective):
-    """The bound is one an image: with the same draws, a batch of five is the mean of five batches of one."""
-    vae, x = oracle.vae(widen=1.3, shift=0.4), oracle.draw(5)
-    torch.manual_seed(0)
-    noise = torch.randn(3, 5, 3, dtype=torch.double)
-
-    class Fixed(dist.Normal):
-        def rsample(self, sample_shape=()):
-            return self.loc + self.scale * given.expand(*self.batch_shape)
-
-    class Posterior(nn.Module):
-        def forward(self, x):
-            base = vae.posterior(x).base_dist
-            return Fixed(base.loc, base.scale).to_event(1)
-
-    fixed = VAE(vae.prior, vae.likelihood, Posterior())
-    losses = []
-    for images, given in [(x, noise)] + [(x[i : i + 1], noise[:, i : i + 1]) for i in range(5)]:  # noqa: B007
-        losses.append(OBJECTIVES[objective](fixed.model, fixed.guide, images, num_particles=3).detach())
-    assert_close(losses[0], torch.stack(losses[1:]).mean(), rtol=1e-12, atol=0)
-
-
 # --- The second pass ---
 
 

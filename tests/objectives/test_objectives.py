@@ -12,12 +12,10 @@ import pytest
 import torch
 from fitting import fit
 from oracles import LinearGaussian
-from pyro import poutine
 from pyro.distributions.testing.fakes import NonreparameterizedNormal
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch.testing import assert_close
 
-from ppl_vae.objectives import Temper
 from ppl_vae.parts.registry import PRIORS
 from ppl_vae.runs.build import build_vae, resolve_parts
 from ppl_vae.runs.options import Options
@@ -25,14 +23,6 @@ from ppl_vae.runs.resolve import build_objective, check_objective
 
 KLS = {"sampled": Trace_ELBO, "analytic": TraceMeanField_ELBO}
 BETAS = (0.0, 0.3, 1.0, 4.0)
-
-
-@pytest.mark.parametrize("scale", [0.0, 3.0])
-def test_the_messenger_scales_latent_sites_and_never_the_observed_one(oracle, scale):
-    vae, x = oracle.vae(), oracle.draw(5)
-    trace = poutine.trace(Temper(scale)(vae.model)).get_trace(x)
-    assert trace.nodes["z"]["scale"] == scale
-    assert trace.nodes["x"]["scale"] == 1.0
 
 
 @pytest.mark.parametrize("kl", KLS)

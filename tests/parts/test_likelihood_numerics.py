@@ -7,7 +7,6 @@ import functools
 import itertools
 import math
 
-import pyro
 import pytest
 import scipy.special
 import torch
@@ -114,17 +113,6 @@ def test_the_graph_of_log_p_and_its_gradients_is_what_runs_eagerly(graphs, word)
     assert len(graphs) == 1
     for seen, expected in zip(captured, function(h, x, *state), strict=True):
         assert_close(seen, expected, rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize("word", CASES)
-def test_log_p_reads_no_number(word):
-    """On tensors that have shapes alone it would fail."""
-    case = CASES[word]
-    x = case.make(case.event)(case.draw(5).float()).sample()
-    with torch.device("meta"), pyro.validation_enabled(False):
-        likelihood = case.make(case.event)
-        log_p = likelihood(torch.empty(5, likelihood.num_features)).log_prob(x.to("meta"))
-    assert tuple(log_p.shape) == (5,)
 
 
 # --- Around seams ---

@@ -55,7 +55,6 @@ PARTS = {
 }
 
 
-TRAINED = [name for name, make in PARTS.items() if list(make(2, _guide(2)).parameters())]
 COUPLED = ["flow", "spline flow"]
 IN_ONE = [name for name in PARTS if name not in COUPLED]  # of one latent, which no flow can halve
 

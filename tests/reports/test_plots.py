@@ -66,9 +66,6 @@ def normal(num_latents):
     return torch.distributions.Independent(torch.distributions.Normal(zeros, zeros + 1), 1)
 
 
-POINTS = torch.tensor([[0.0, 1.0], [2.0, -1.0], [0.5, 0.5], [-4.0, 0.0]])
-
-
 def test_one_latent_has_a_histogram_that_counts_every_image():
     codes = PosteriorMoments(torch.linspace(-5, 2, 50)[:, None], torch.ones(50, 1))
     figure = charts.latents_figure(codes, normal(1), kind="x", classes=torch.arange(50) % 2)

@@ -19,8 +19,6 @@ from ppl_vae.runtime import batching
 from ppl_vae.runtime.errors import is_out_of_memory
 from ppl_vae.weights import log_weight_terms
 
-CPU = torch.device("cpu")
-
 
 @pytest.fixture(autouse=True)
 def nothing_to_release(monkeypatch):

@@ -88,15 +88,6 @@ def test_what_is_drawn_of_the_stored_images_is_drawn_as_the_eager_step_draws_it(
     assert_same(captured, eager, relative=1e-5)
 
 
-def test_a_batch_of_another_size_has_the_same_loss_and_gradient_too(graphs):
-    case = Case.of(torch.double, kl="analytic", likelihood="normal", network="gated", num_particles=3)
-    step, optimizer = case.step()
-    index = torch.tensor([5, 1, 2])
-    captured = captured_loss_and_gradient(case.vae, step, optimizer, index, beta=0.3, seed=1)
-    assert_same(captured, case.eager(index, beta=0.3, seed=1), relative=1e-10)
-    assert len(graphs) == 1
-
-
 @pytest.mark.thorough
 @pytest.mark.parametrize(("dtype", "relative"), [(torch.double, 1e-8), (torch.float, 1e-5)], ids=["double", "single"])
 def test_pixels_that_are_all_but_certain_cost_what_they_cost_eagerly(graphs, dtype, relative):
@@ -269,28 +260,6 @@ def test_a_captured_step_on_log_weights_has_the_loss_and_the_gradient_of_the_eag
 
 
 # --- Noise ---
-
-
-def _losses_of_two_steps(*, seed):
-    case = Case.of(torch.float, kl="sampled", likelihood="bernoulli", network="mlp")
-    step, optimizer = case.step()
-    first, _ = captured_loss_and_gradient(case.vae, step, optimizer, INDEX, beta=1.0, seed=seed)
-    step.total.zero_()
-    step(INDEX, step.schedule([(0, 1.0, 0.0, 0.0)])[0])  # without a new seed
-    return float(first), float(step.total / len(INDEX))
-
-
-def test_noise_is_fresh_at_every_step(graphs):
-    first, second = _losses_of_two_steps(seed=5)
-    assert abs(first - second) > 1e-4
-
-
-def test_to_capture_a_step_draws_no_random_numbers_and_changes_no_weight(graphs):
-    case = Case.of(torch.float, kl="sampled", likelihood="bernoulli", network="mlp")
-    before, state = flat_weights(case.vae), torch.get_rng_state()
-    case.step()
-    assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(flat_weights(case.vae), before)
 
 
 # --- The optimizer in the graph ---

@@ -206,6 +206,17 @@ def fifteen_minutes() -> str:
     return markdown(header, rows)
 
 
+def overfitting() -> str:
+    rows = []
+    for row in stored("overfitting")["rows"]:
+        cells = [mean(row["log_likelihood"]), f"{row['train_log_likelihood']['mean']:.2f}", ""]
+        if "difference" in row:
+            cells[-1] = f"{row['difference']['mean']:+.2f} ± {row['difference']['stderr']:.2f}"
+        options = f"`{row['change']}`" if row["change"].startswith("--") else row["change"]
+        rows.append([("+ " if row["baseline"] else "") + options, f"{row['best_epoch']} of {row['epochs']}", *cells])
+    return markdown(["options", "best epoch", "validation, L_200", "training, L_200", "difference"], rows)
+
+
 def reproductions() -> list[Reproduction]:
     return read_reproductions(RESULTS / "reproductions.json")
 
@@ -396,6 +407,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "compression": compression,
     "networks": networks,
     "fifteen-minutes": fifteen_minutes,
+    "overfitting": overfitting,
     "imputation": imputation,
     "quadrants": quadrants,
     "labels": labels,

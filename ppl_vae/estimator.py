@@ -202,7 +202,7 @@ class VAEDensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
     def score_samples(self, X: ArrayLike) -> np.ndarray:
         """L_S = log (1/S) sum_s p(x, z_s) / q(z_s | x), in expectation below log p(x), for each row.
 
-        The same X gives the same scores, (N,) nats, float64; the draws for a row depend on its device in X.
+        The same X gives the same scores, (N,) nats, float64; the draws for a row depend on its place in X.
 
         Raises:
             ValueError: X has other features than in ``fit``, or values off the likelihood's support.

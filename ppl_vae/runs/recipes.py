@@ -135,8 +135,8 @@ _COMMON = Options(
 # Tomczak and Welling: a rate of 5e-4 throughout, 2,000 epochs at most and no more than 50 without a better validation
 # ELBO, a warm-up of 100, each tensor's gradient divided by its norm, He's start, and no average of the weights.
 _GATED = replace(_COMMON, network="gated", hidden=(300, 300), latent_dim=40, epochs=300)
-# At 2e-3 the guide of N(0, I) fails for single images after 160 to 270 epochs, and with --scale-map softplus for all.
-# To leave out steps with a large gradient is to never learn such images.
+# At 2e-3 the guide of N(0, I) failed for single images after 270 epochs, and after 160 where steps with a large
+# gradient were left out, because such images are then never learned.
 _FASHION = replace(_GATED, dataset="fashion-mnist", skip_norm=None, learning_rate=1e-3, decay_start=0.25)
 
 _CONV = replace(

@@ -161,10 +161,11 @@ def describe_training(run: Run, state: TrainingState, speeds: Sequence[float]) -
             f"The weights of step {state.best_step:,} are kept: from then on, training with beta = {options.beta} "
             "lowered the ELBO at beta = 1, by which they are chosen."
         )
-    return lines + describe_few_images(runs.read_metrics(run.folder), _name_criterion(options)[1])
+    records, (_, key) = runs.read_metrics(run.folder), _name_criterion(options)
+    return lines + describe_few_images(records, key, skips=options.skip_norm is not None)
 
 
-def describe_few_images(records: Sequence[Mapping[str, float]], key: str) -> list[str]:
+def describe_few_images(records: Sequence[Mapping[str, float]], key: str, *, skips: bool) -> list[str]:
     """A line if few validation images decide how far the last epoch lies below the best one.
 
     One image of n that falls by d lowers the mean by d / n, and its standard error becomes about d / n too. So the line
@@ -173,6 +174,7 @@ def describe_few_images(records: Sequence[Mapping[str, float]], key: str) -> lis
     Args:
         records: Those of metrics.jsonl.
         key: What the best weights are chosen by, as ``validation_KEY_nats_per_image``.
+        skips: Whether steps with a large gradient were left out.
     """
     name, error = f"validation_{key}_nats_per_image", f"validation_{key}_stderr_nats_per_image"
     records = [record for record in records if name in record]
@@ -182,10 +184,12 @@ def describe_few_images(records: Sequence[Mapping[str, float]], key: str) -> lis
     fall = best[name] - last[name]
     if not 10 * best[error] < fall < 3 * last[error]:
         return []
+    cures = (
+        "A smaller --learning-rate may help" + ", or no --skip-norm, with which such images are never learned" * skips
+    )
     return [
         f"Warning: few validation images decide the last epoch, {last[name]:.2f} ± {last[error]:.2f} nats, {fall:.2f} "
-        "below the best one. The guide is far too wide or far off for them. A smaller --learning-rate may help, or no "
-        "--skip-norm, with which such images are never learned."
+        f"below the best one: the encoder fails for them. {cures}."
     ]
 
 

@@ -184,12 +184,10 @@ def describe_few_images(records: Sequence[Mapping[str, float]], key: str, *, ski
     fall = best[name] - last[name]
     if not 10 * best[error] < fall < 3 * last[error]:
         return []
-    cures = (
-        "A smaller --learning-rate may help" + ", or no --skip-norm, with which such images are never learned" * skips
-    )
+    cure = ", or no --skip-norm, with which such images are never learned" if skips else ""
     return [
         f"Warning: few validation images decide the last epoch, {last[name]:.2f} ± {last[error]:.2f} nats, {fall:.2f} "
-        f"below the best one: the encoder fails for them. {cures}."
+        f"below the best one: the encoder fails for them. A smaller --learning-rate may help{cure}."
     ]
 
 
